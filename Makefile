@@ -1,0 +1,46 @@
+# make quickstart   set up, then fine-tune the model that ships in the package and show what it learned
+# make test         set up, then run all tests
+# make check        lint, format and types
+# make benchmark    side by side with transformers and TRL; prints a table (minutes)
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test check format benchmark clean
+
+.venv/base: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing tunesmith and what it needs into .venv (PyTorch is large: this can take minutes) ..."
+	@$(PIP) -e .
+	@touch $@
+
+.venv/test: .venv/base
+	@echo "Installing what the tests need ..."
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+.venv/bench: .venv/base
+	@$(PIP) -e '.[bench]'
+	@touch $@
+
+quickstart: .venv/base
+	@$(BIN)/python -m tunesmith.recipes.quickstart
+
+test: .venv/test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+check: .venv/test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+format: .venv/test
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+benchmark: .venv/bench
+	@$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv build *.egg-info quickstart

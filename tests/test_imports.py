@@ -1,0 +1,64 @@
+"""The package is layered: a module imports its own package and the layers below it, never up, never sideways."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import tunesmith
+
+PACKAGE = Path(tunesmith.__file__).parent
+
+LAYERS = [  # top to bottom
+    {"cli"},
+    {"recipes"},
+    {"rl", "eval", "export"},
+    {"training", "generation"},
+    {"checkpoint", "data", "losses"},
+    {"models", "parallel"},
+    {"nn"},
+    {"configs", "config", "errors", "hub"},
+]
+DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
+TORCH_FREE = ["configs", "config.py", "errors.py", "hub.py", "cli", "models/families.py", "models/family.py", "training/preflight.py"]
+
+
+def imported(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "tunesmith":
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tunesmith."):
+            yield node.lineno, node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name.split(".")[1]) for a in node.names if a.name.startswith("tunesmith."))
+
+
+def test_imports_point_down():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for line, other in imported(path):
+            base = {"configs", "config", "errors", "hub"}
+            sideways = other != package and DEPTH.get(other, 99) <= DEPTH.get(package, -1) and not {package, other} <= base
+            if package in DEPTH and other in DEPTH and sideways:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports tunesmith.{other}")
+    assert not wrong, "imports that point up or sideways:\n" + "\n".join(wrong)
+
+
+def test_recipes_do_not_import_each_other():
+    recipes = {path.stem for path in (PACKAGE / "recipes").glob("*.py")}
+    for path in (PACKAGE / "recipes").glob("*.py"):
+        names = {node.module.split(".")[2] for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tunesmith.recipes.")}
+        assert not names & recipes, f"{path.name} imports another recipe: {names & recipes}"
+
+
+def test_torch_free_modules_import_no_torch():
+    files = []
+    for entry in TORCH_FREE:
+        path = PACKAGE / entry
+        files += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    files += sorted((PACKAGE / "models").glob("*/family.py"))
+    modules = [".".join(("tunesmith", *f.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__") for f in files]
+    modules = [module for module in modules if not module.endswith(("__main__", "cli.worker"))]
+    code = f"import sys\nfor m in {modules!r}: __import__(m)\nassert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)

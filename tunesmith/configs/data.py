@@ -1,0 +1,60 @@
+"""Where rows come from and how they become training text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class _Source:
+    source: str
+    """A file (json, jsonl, csv, parquet, txt), a folder or glob of them, a Hub id, or a built-in name (see `tune ls`)."""
+    split: str | None = None
+    """Split, with an optional slice such as train[:95%]; files without splits take a bare slice such as train[95%:]; default: train."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    column_map: dict[str, str] = field(default_factory=dict)
+    """{our column: your column}, such as {input: question, output: answer}."""
+    packed: bool = False
+    """Fill rows to max_seq_len with several documents that do not see each other."""
+    streaming: bool = False
+    """Read as the run goes on instead of indexing first: for sources larger than memory."""
+    shuffle_buffer: int = 10_000
+    """Rows held for shuffling a stream."""
+    weight: float = 1.0
+    """How often this source is drawn, relative to the others in a list."""
+    reader: str | None = None
+    """Dotted path of your own function (source, split) -> iterable of row dicts."""
+
+
+@dataclass
+class ChatData(_Source):
+    """Conversations: the answers are trained."""
+
+    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None
+    """How to read a row; default: detected from its columns."""
+    train_on_input: bool = False
+    """Train on prompts too, not only on answers."""
+    system_prompt: str | None = None
+    """System message for conversations that have none."""
+    on_bad_row: Literal["skip", "error"] = "skip"
+    """skip counts and reports rows that can't be used; error ends the run at the first."""
+
+
+@dataclass
+class TextData(_Source):
+    """Plain text: every token is trained."""
+
+    packed: bool = True
+    """Fill rows to max_seq_len."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    split_across_pack: bool = True
+    """Cut documents to fill rows wholly; false starts a new row where one does not fit."""
+    mask_documents: bool = True
+    """Keep documents of a row from seeing each other."""
+    document_split: str | None = None
+    """Split plain text files into documents at this string, such as <|endoftext|>; default: a file is one document."""
+    on_bad_row: Literal["skip", "error"] = "skip"
+    """skip counts and reports rows that can't be used; error ends the run at the first."""

@@ -1,0 +1,71 @@
+"""Options of `tune run generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tunesmith.configs.shared import RunSettings, TokenizerConfig
+
+
+@dataclass
+class Prompt:
+    """A chat prompt."""
+
+    user: str
+    """What the user says."""
+    system: str | None = None
+    """The system message."""
+
+
+@dataclass(kw_only=True)
+class Generate(RunSettings):
+    """Generation: continue prompts or answer them."""
+
+    model: str
+    """Folder or Hub id of a model, or of a PEFT adapter (which brings its base)."""
+    adapter: str | None = None
+    """Folder or Hub id of a PEFT adapter to put on the model."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer and how a conversation becomes text."""
+    prompt: str | list[str] | Prompt | None = None
+    """One prompt or a list; {user, system} is a chat prompt; default: read from standard input."""
+    chat: bool | None = None
+    """Put prompts through the chat template; default: yes where the model has one."""
+    max_new_tokens: int = 256
+    """Longest continuation in tokens."""
+    temperature: float = 0.6
+    """0 always takes the likeliest token; 1 samples from the model's own distribution."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that hold this much probability."""
+    min_p: float | None = None
+    """Sample from tokens at least this likely relative to the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that already occurred less likely (arXiv 1909.05858)."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end the text."""
+    num_samples: int = 1
+    """Continuations per prompt."""
+    batch_size: int = 8
+    """Prompts generated at a time."""
+    stream: bool | None = None
+    """Show tokens as they come; default: for a single prompt in a terminal."""
+    quantize_base: bool = False
+    """Hold the matrices in 4-bit NormalFloat."""
+    output_file: str | None = None
+    """Write {prompt, text} rows here as jsonl."""
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` can't be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1 or null, got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"`{name}` must be above 0 and at most 1, got {value}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"`repetition_penalty` must be positive, got {self.repetition_penalty}")

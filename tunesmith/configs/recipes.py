@@ -1,0 +1,72 @@
+"""The recipes and overlays that ship: their names, one sentence each, and where their parts are."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent
+
+
+class Recipe(NamedTuple):
+    """A method: its name, its options' class, the module with its main(config), and one sentence."""
+
+    name: str
+    schema: str
+    module: str
+    summary: str
+
+    @property
+    def config_class(self) -> type:
+        module, _, name = self.schema.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def defaults(self) -> Path:
+        """The YAML file with the recipe's own defaults."""
+        return FOLDER / f"{self.name}.yaml"
+
+
+def _recipe(name: str, class_name: str, summary: str) -> Recipe:
+    return Recipe(name, f"tunesmith.configs.{name}:{class_name}", f"tunesmith.recipes.{name}", summary)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        _recipe("sft", "SFT", "Supervised fine-tuning: raise the likelihood of the answers."),
+        _recipe("pretrain", "Pretrain", "Pre-training: next-token loss on plain text, from scratch or from a checkpoint."),
+        _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
+        _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
+    )
+}
+
+LATER_RECIPES = {
+    "preference": "preference tuning (DPO and its kin)",
+    "reward": "reward models",
+    "distill": "knowledge distillation",
+    "ppo": "PPO",
+    "grpo": "GRPO",
+    "quantize": "quantization for inference",
+    "evaluate": "evaluation",
+}
+
+LATER_OVERLAYS = {
+    "qat": "quantization-aware training (QAT)",
+    "fp8": "fp8 training",
+}
+
+
+def overlays() -> dict[str, str]:
+    """{name: its first comment line} of the overlays that ship."""
+    return {path.stem: first_comment(path) for path in sorted((FOLDER / "overlays").glob("*.yaml"))}
+
+
+def overlay_path(name: str) -> Path:
+    return FOLDER / "overlays" / f"{name}.yaml"
+
+
+def first_comment(path: Path) -> str:
+    with path.open(encoding="utf-8") as lines:
+        return next(lines, "").lstrip("# ").strip()

@@ -1,0 +1,449 @@
+"""Sections that every training method shares. The sentence under a field is its help text, its comment in a copied YAML, and its schema description."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+# --- which weights are trained -------------------------------------------------------------------
+
+
+@dataclass
+class FullWeights:
+    """Every parameter is trained."""
+
+    type: ClassVar[str] = "full"
+
+
+@dataclass
+class LoRAWeights:
+    """Small adapters are trained beside the frozen weights (LoRA, arXiv 2106.09685)."""
+
+    type: ClassVar[str] = "lora"
+    rank: int = 8
+    """Rank of the update; the adapter's size grows with it."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
+    dropout: float = 0.0
+    """Probability of dropping an adapter input during training."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the linear layers that get adapters, such as [q_proj, v_proj], or all-linear (all but the output layer)."""
+    use_dora: bool = False
+    """Learn magnitude and direction apart (DoRA, arXiv 2402.09353)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank), so that large ranks keep learning (rsLoRA, arXiv 2312.03732)."""
+    quantize_base: Literal["nf4"] | None = None
+    """Hold the frozen matrices in 4-bit NormalFloat: QLoRA (arXiv 2305.14314)."""
+    adapter: str | None = None
+    """Folder or Hub id of a PEFT adapter to go on training from."""
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}")
+
+
+# --- optimizer and schedule ----------------------------------------------------------------------
+
+
+@dataclass
+class AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+
+    type: ClassVar[str] = "adamw"
+    lr: float = 2e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms and biases are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the running averages of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the denominator for stability."""
+    fused: bool = True
+    """One kernel for all parameters; the fastest choice on CPU and GPU."""
+
+
+@dataclass
+class AdamW8bit:
+    """AdamW with its states in 8 bits (through torchao)."""
+
+    type: ClassVar[str] = "adamw_8bit"
+    lr: float = 2e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms and biases are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the running averages of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the denominator for stability."""
+
+
+@dataclass
+class Muon:
+    """Orthogonalised momentum for matrices; embeddings, head, norms and biases are trained by AdamW at the same rate."""
+
+    type: ClassVar[str] = "muon"
+    lr: float = 1e-3
+    """Peak learning rate; the update of a matrix is scaled to the size AdamW's would have."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    momentum: float = 0.95
+    """Decay rate of the momentum."""
+    nesterov: bool = True
+    """Look ahead along the momentum."""
+
+
+@dataclass
+class SGD:
+    """Stochastic gradient descent."""
+
+    type: ClassVar[str] = "sgd"
+    lr: float = 1e-2
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """L2 penalty."""
+    momentum: float = 0.0
+    """Decay rate of the momentum; 0 keeps no state at all."""
+
+
+@dataclass
+class Adafactor:
+    """Adam with factored second moments: almost no state (arXiv 1804.04235)."""
+
+    type: ClassVar[str] = "adafactor"
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+
+
+@dataclass
+class ThirdPartyOptimizer:
+    """Any optimizer class by its dotted path; keys it alone knows are passed to it."""
+
+    type: str
+    """Dotted path of the class, such as bitsandbytes.optim.AdamW8bit."""
+    lr: float = 2e-5
+    """Peak learning rate."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the class."""
+
+
+Optimizer = AdamW | AdamW8bit | Muon | SGD | Adafactor | ThirdPartyOptimizer
+
+
+@dataclass
+class _Warmup:
+    num_warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    warmup_ratio: float | None = None
+    """The same as a share of all steps; give one of the two."""
+
+    def __post_init__(self):
+        if self.warmup_ratio is not None and self.num_warmup_steps:
+            raise ValueError("give `num_warmup_steps` or `warmup_ratio`, not both")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"`warmup_ratio` must be between 0 and 1, got {self.warmup_ratio}")
+
+
+@dataclass
+class Constant(_Warmup):
+    """The peak rate throughout, after the warm-up."""
+
+    type: ClassVar[str] = "constant"
+
+
+@dataclass
+class Cosine(_Warmup):
+    """Half a cosine wave from the peak down."""
+
+    type: ClassVar[str] = "cosine"
+    min_lr_ratio: float = 0.0
+    """The rate at the end, as a share of the peak."""
+
+
+@dataclass
+class Linear(_Warmup):
+    """A straight line from the peak down."""
+
+    type: ClassVar[str] = "linear"
+    min_lr_ratio: float = 0.0
+    """The rate at the end, as a share of the peak."""
+
+
+@dataclass
+class WarmupStableDecay(_Warmup):
+    """Warm-up, a long constant stretch, and a decay at the end (WSD, arXiv 2404.06395)."""
+
+    type: ClassVar[str] = "wsd"
+    decay_ratio: float = 0.1
+    """Share of all steps, at the end, over which the rate falls."""
+    decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
+    """Shape of the fall; sqrt is 1 - sqrt(progress)."""
+    min_lr_ratio: float = 0.0
+    """The rate at the end, as a share of the peak."""
+
+
+LRScheduler = Constant | Cosine | Linear | WarmupStableDecay
+
+
+@dataclass
+class Loss:
+    """The loss of a token and how it is computed."""
+
+    type: Literal["cross_entropy"] = "cross_entropy"
+    """Cross-entropy of the next token."""
+    chunk_size: int = 1024
+    """Tokens whose logits exist at one time; 0 computes all at once (more memory, the same numbers)."""
+
+
+# --- logging and profiling -----------------------------------------------------------------------
+
+
+@dataclass
+class Disk:
+    """metrics.jsonl in the run folder, and nothing else."""
+
+    type: ClassVar[str] = "disk"
+
+
+@dataclass
+class TensorBoard:
+    """TensorBoard event files beside metrics.jsonl."""
+
+    type: ClassVar[str] = "tensorboard"
+    log_dir: str | None = None
+    """Where the event files go; default: tensorboard/ in the run folder."""
+
+
+@dataclass
+class WandB:
+    """Weights & Biases beside metrics.jsonl."""
+
+    type: ClassVar[str] = "wandb"
+    project: str = "tunesmith"
+    """Project that the run appears in."""
+    entity: str | None = None
+    """User or team; default: your own."""
+    group: str | None = None
+    """Groups runs in the interface."""
+    name: str | None = None
+    """Name of the run; default: the output folder's."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """Default: what WANDB_MODE says, else online."""
+
+
+@dataclass
+class Comet:
+    """Comet beside metrics.jsonl."""
+
+    type: ClassVar[str] = "comet"
+    project: str = "tunesmith"
+    """Project that the experiment appears in."""
+    workspace: str | None = None
+    """Workspace; default: your own."""
+    experiment_name: str | None = None
+    """Name of the experiment; default: the output folder's."""
+    offline: bool = False
+    """Write an archive to upload later instead of sending."""
+
+
+@dataclass
+class MLflow:
+    """MLflow beside metrics.jsonl."""
+
+    type: ClassVar[str] = "mlflow"
+    experiment_name: str = "tunesmith"
+    """Experiment that the run appears in."""
+    tracking_uri: str | None = None
+    """Server or folder; default: what MLFLOW_TRACKING_URI says."""
+    run_name: str | None = None
+    """Name of the run; default: the output folder's."""
+
+
+@dataclass
+class ThirdPartyLogger:
+    """Any class by its dotted path, called with (run_folder, config, **options); needs log(step, metrics) and close()."""
+
+    type: str
+    """Dotted path of the class."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the class."""
+
+
+MetricLogger = Disk | TensorBoard | WandB | Comet | MLflow | ThirdPartyLogger
+
+
+@dataclass
+class Profiler:
+    """torch.profiler traces of a few steps, into profile/ in the run folder."""
+
+    enabled: bool = False
+    """Record traces (slows the recorded steps)."""
+    wait_steps: int = 5
+    """Steps left alone before each recording."""
+    warmup_steps: int = 2
+    """Steps traced and thrown away."""
+    active_steps: int = 2
+    """Steps recorded."""
+    num_cycles: int = 1
+    """How often wait, warm-up and recording repeat."""
+    profile_memory: bool = False
+    """Record allocations too."""
+    with_stack: bool = False
+    """Record the Python stack of every operator."""
+    record_shapes: bool = True
+    """Record the shapes of every operator's inputs."""
+
+
+# --- what every training method has --------------------------------------------------------------
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer and how a conversation becomes text."""
+
+    path: str | None = None
+    """Folder, file or Hub id; default: the model's."""
+    max_seq_len: int | None = None
+    """Longest row in tokens, longer ones are truncated (and counted); default: 2048 or the model's limit, whichever is smaller."""
+    chat_template: str | None = None
+    """A jinja file, or the name of a built-in template; default: the model's own, else its family's."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Variables for the template, such as {enable_thinking: false}."""
+    add_tokens: list[str] = field(default_factory=list)
+    """New special tokens; the embedding grows where it must, new rows start at the mean of the old."""
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """Where and how a recipe runs."""
+
+    device: str = "auto"
+    """cuda, xpu, mps, npu or cpu; auto takes the accelerator if there is one."""
+    dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Number type of weights and computation; fp16 keeps trained weights in fp32 and scales the loss."""
+    seed: int | None = 1234
+    """Seeds initialisation, shuffling, dropout and sampling; null draws one and records it."""
+    deterministic: bool = False
+    """Use only deterministic kernels on an accelerator (slower); the CPU always is."""
+
+
+@dataclass(kw_only=True)
+class TrainSettings(RunSettings):
+    """What pretrain, sft and every later training method have in common."""
+
+    output_dir: str = "run"
+    """The run folder: config, metrics, checkpoints, report; must be empty unless resume_from_checkpoint is set."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer and how a conversation becomes text."""
+    weights: FullWeights | LoRAWeights = field(default_factory=FullWeights)
+    """Which weights are trained: full, or lora."""
+    batch_size: int = 2
+    """Rows per micro-batch and data-parallel rank."""
+    batch_size_val: int | None = None
+    """The same for validation; default: batch_size."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches per optimizer step; default 1, or what global_batch_size needs."""
+    global_batch_size: int | None = None
+    """Rows per optimizer step over all ranks; give this or gradient_accumulation_steps."""
+    epochs: int = 1
+    """Passes over the data; the run ends here or at max_steps, whichever is first."""
+    max_steps: int | None = None
+    """Optimizer steps in all."""
+    max_steps_per_epoch: int | None = None
+    """Optimizer steps after which an epoch ends early."""
+    shuffle: bool = True
+    """Another order in every epoch, given by the seed."""
+    optimizer: Optimizer = field(default_factory=AdamW)
+    """How gradients become updates."""
+    optimizer_in_bwd: bool = False
+    """Update each parameter as soon as its gradient is there: saves the memory of all gradients."""
+    lr_scheduler: LRScheduler = field(default_factory=Constant)
+    """How the learning rate changes over the run."""
+    loss: Loss = field(default_factory=Loss)
+    """The loss of a token and how it is computed."""
+    clip_grad_norm: float | None = None
+    """Scale gradients down to this norm where theirs is larger."""
+    skip_grad_norm_above: float | None = None
+    """Skip the update of a step whose gradient norm exceeds this."""
+    skip_nonfinite_steps: bool = False
+    """Skip an update whose loss or gradient is not finite, instead of ending the run."""
+    compile: bool = False
+    """torch.compile each layer; the first step takes longer."""
+    enable_activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    ac_mode: Literal["full", "selective"] = "full"
+    """full recomputes layers whole; selective follows ac_option."""
+    ac_option: int | Literal["op"] = 2
+    """For ac_mode selective: every n-th layer (a number), or op: keep the costly operators' results, recompute the rest."""
+    enable_activation_offloading: bool = False
+    """Move kept activations to host memory until the backward pass."""
+    resume_from_checkpoint: bool = False
+    """Go on from the newest complete checkpoint in output_dir, or start afresh where there is none."""
+    save_every_n_steps: int | None = None
+    """Save a checkpoint this often; the end of the run always saves."""
+    keep_last_n_checkpoints: int | None = None
+    """Delete older checkpoints after a save; null keeps all."""
+    enable_async_checkpointing: bool = False
+    """Write checkpoints in the background while training goes on."""
+    log_every_n_steps: int = 1
+    """Write metrics this often."""
+    log_peak_memory_stats: bool = True
+    """Log the peak memory of each logged step."""
+    metric_logger: MetricLogger = field(default_factory=Disk)
+    """Where metrics go besides metrics.jsonl."""
+    profiler: Profiler = field(default_factory=Profiler)
+    """torch.profiler traces of a few steps."""
+    run_val_every_n_steps: int | None = None
+    """Compute the validation loss this often, and at the end; null: only at the end, if there is validation data."""
+    max_val_steps: int | None = None
+    """Micro-batches per validation; null: all."""
+    data_parallel_shard_dim: int = -1
+    """Ranks that share one copy of the weights (FSDP); -1: all that are left."""
+    data_parallel_replicate_dim: int = 1
+    """Copies of the weights (HSDP, DDP)."""
+    tensor_parallel_dim: int = 1
+    """Ranks that split each matrix."""
+    context_parallel_dim: int = 1
+    """Ranks that split each sequence."""
+    pipeline_parallel_dim: int = 1
+    """Ranks that split the layers."""
+    expert_parallel_dim: int = 1
+    """Ranks that split the experts."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "epochs", "log_every_n_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name in (
+            "batch_size_val",
+            "gradient_accumulation_steps",
+            "global_batch_size",
+            "max_steps",
+            "max_steps_per_epoch",
+            "save_every_n_steps",
+            "keep_last_n_checkpoints",
+            "run_val_every_n_steps",
+            "max_val_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1 or null, got {value}")
+        if self.gradient_accumulation_steps and self.global_batch_size:
+            raise ValueError("give `gradient_accumulation_steps` or `global_batch_size`, not both")
+        if self.optimizer_in_bwd:
+            for other, is_set in {
+                "gradient_accumulation_steps": (self.gradient_accumulation_steps or 1) > 1,
+                "global_batch_size": (self.global_batch_size or 0) > self.batch_size,
+                "clip_grad_norm": self.clip_grad_norm is not None,
+                "skip_grad_norm_above": self.skip_grad_norm_above is not None,
+                "skip_nonfinite_steps": self.skip_nonfinite_steps,
+                "dtype: fp16": self.dtype == "fp16",
+                "pipeline_parallel_dim": self.pipeline_parallel_dim > 1,
+            }.items():
+                if is_set:
+                    raise ValueError(f"`optimizer_in_bwd` can't be combined with `{other}`: the update happens before the whole gradient is known; turn one of them off")
+        if self.enable_activation_offloading and not self.enable_activation_checkpointing and self.compile:
+            raise ValueError("`enable_activation_offloading` with `compile` needs `enable_activation_checkpointing`: only layer boundaries can be moved then")

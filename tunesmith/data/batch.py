@@ -1,0 +1,51 @@
+"""A micro-batch: what a model and a loss need of some rows.
+
+B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position without loss."""
+
+
+@dataclass
+class Batch:
+    input_ids: Tensor
+    """(B, T) int64."""
+    labels: Tensor
+    """(B, T) int64: labels[b, t] is the token to predict after input_ids[b, t], or IGNORED."""
+    positions: Tensor
+    """(B, T) int64: position of each token within its document."""
+    documents: Tensor | None = None
+    """(B, T) int32: number of the document within its row, -1 for padding; None: a row is one right-padded document."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What a method computes before the step, such as reference log-probabilities."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """How many units of each kind the loss divides by, over this micro-batch: {"tokens": labels not ignored}."""
+
+    def __post_init__(self):
+        self.counts.setdefault("tokens", int((self.labels != IGNORED).sum()))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens processed, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            positions=move(self.positions),
+            documents=None if self.documents is None else move(self.documents),
+            extra={name: move(tensor) for name, tensor in self.extra.items()},
+        )

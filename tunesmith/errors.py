@@ -1,0 +1,24 @@
+"""What the user can mend is a UserError: shown as its text alone, exit code 2. Any other exception is our bug and keeps its traceback."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one sentence that says what is wrong, where, and what to do."""
+
+
+class ConfigError(UserError, ValueError):
+    """What was written can't be turned into a config; the message has one line per mistake, each with its place."""
+
+
+class MissingExtra(UserError, ImportError):
+    """An optional package is needed and absent; the message names it and how to install it."""
+
+
+def require(package: str, extra: str, purpose: str):
+    """Import and return an optional `package`, or raise MissingExtra: `purpose` says what needs it."""
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        missing = package.partition(".")[0]
+        raise MissingExtra(f"{purpose} needs the package {missing}, which is not installed: pip install 'tunesmith[{extra}]'") from error

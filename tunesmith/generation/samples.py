@@ -1,0 +1,29 @@
+"""What the model says to a few prompts at some step of a run, kept in samples.jsonl for the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.generation.engine import generate_completions
+from tunesmith.generation.sampling import Sampling
+from tunesmith.models.decoder import CausalLM
+
+
+def write_samples(
+    folder: Path, step: int, model: CausalLM, tokenizer: Tokenizer, prompts: list[str], chat: bool | None = False, max_new_tokens: int = 64
+) -> None:
+    """Answer `prompts` greedily and add {step, prompt, text} rows to samples.jsonl; rows of the same step are replaced."""
+    if not prompts:
+        return
+    was_training = model.training
+    model.eval()
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
+    completions = generate_completions(model, tokenizer, prompts, sampling, chat=chat)
+    model.train(was_training)
+    path = folder / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in rows if row["step"] != step]
+    rows += [{"step": step, "prompt": prompt, "text": completion.text} for prompt, completion in zip(prompts, completions)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,218 @@
+"""From a config to a model, in one order: construct on meta → transform → parallelize → materialize → stream weights in → initialise the rest → freeze."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith import hub
+from tunesmith.checkpoint import adapter as peft
+from tunesmith.checkpoint.hf import load_weights
+from tunesmith.configs.shared import FullWeights, LoRAWeights, TrainSettings
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.errors import UserError
+from tunesmith.models import families
+from tunesmith.models.decoder import CausalLM, build
+from tunesmith.models.initialize import initialize
+from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
+from tunesmith.parallel.device import pick_device, supports_bf16
+from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.parallelize import parallelize
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+DEFAULT_MAX_SEQ_LEN = 2048
+
+
+@dataclass
+class Source:
+    """Where a model comes from: a folder with weights, or only the numbers of a named size."""
+
+    folder: Path | None
+    hf_config: dict[str, Any]
+    family: Any
+    name: str
+    repository: str | None = None
+    """Hub id of a named size's tokenizer."""
+
+
+def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights: bool = True) -> Source:
+    """The source of the model called `name`: a folder, a Hub id, or (without weights) a named size such as llama3_2/1B."""
+    sizes = families.named_sizes()
+    if not need_weights and name in sizes and not Path(name).is_dir():
+        family, hf_config, repository = sizes[name]
+        return Source(None, {**hf_config, **(model_args or {})}, family, name, repository)
+    ignored = None if need_weights else ["*.safetensors", "*.bin", "*.pth", "*.gguf"]
+    folder = hub.resolve(name, ignore_patterns=ignored)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{name} is an adapter, not a model: give its base as `model` and the adapter as `weights.adapter`")
+    hf_config, family, _ = families.model_config(folder)
+    return Source(folder, {**hf_config, **(model_args or {})}, family, name)
+
+
+def max_sequence_length(config: TrainSettings, source: Source) -> int:
+    """The longest row of a run: what `tokenizer.max_seq_len` says, else 2048 or the model's limit."""
+    limit = source.family.read_config(source.hf_config).max_position_embeddings
+    return config.tokenizer.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, limit or DEFAULT_MAX_SEQ_LEN)
+
+
+def build_model(
+    config: TrainSettings, source: Source, tokenizer: Tokenizer, mesh: Mesh, resume_from: Path | None = None
+) -> CausalLM:
+    """The model of a training run on `mesh`, ready for its first step.
+
+    With `resume_from`, a checkpoint of the same run, its weights (or adapter) are loaded in place of the source's. The
+    trained parameters are float32 where `dtype` is fp16 and for adapters, and of `dtype` elsewhere.
+    """
+    if config.dtype == "bf16" and not supports_bf16(mesh.device):
+        raise UserError(f"{mesh.device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
+    lora = config.weights if isinstance(config.weights, LoRAWeights) else None
+    dtype = DTYPES[config.dtype] if lora or config.dtype != "fp16" else torch.float32
+    hf_config, first_new_row = _fit_vocabulary(source, tokenizer, config)
+    decoder_config = source.family.read_config(hf_config)
+
+    with torch.device("meta"), default_dtype(dtype):
+        model = build(hf_config, source.family, decoder_config)
+    if lora:
+        _apply(model, lora, resume_from)
+    parallelize(model, list(model.model.layers.values()), mesh, source.family.tp_plan, config)
+    _materialize(model, mesh.device, max_sequence_length(config, source))
+
+    seed = config.seed or 0
+    if resume_from is not None and not lora:
+        load_weights(model, resume_from, source.family)
+    elif source.folder is None or getattr(config, "from_scratch", False):
+        initialize(model, seed)
+    else:
+        load_weights(model, source.folder, source.family, new_rows_from=first_new_row)
+    if lora:
+        reset_adapters(model, seed)
+        if trained := resume_from or (hub.resolve(lora.adapter, what="adapter") if lora.adapter else None):
+            peft.load_adapter(model, trained)
+        freeze_base(model)
+    return model.train()
+
+
+def _apply(model: nn.Module, lora: LoRAWeights, resume_from: Path | None) -> None:
+    """Put adapters on the model. One to go on from decides its own shape: rank, scale, targets and kind."""
+    options = {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "target_modules": lora.target_modules,
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+    }
+    folder = resume_from or (hub.resolve(lora.adapter, what="adapter") if lora.adapter else None)
+    if folder is not None:
+        options = peft.lora_options(peft.read_adapter_config(folder))
+    apply_lora(model, dropout=lora.dropout, quantize_base=lora.quantize_base, **options)
+
+
+def _materialize(model: CausalLM, device: torch.device, max_seq_len: int | None) -> None:
+    model.to_empty(device=device)
+    model.init_buffers(device, max_seq_len)
+
+
+def _fit_vocabulary(source: Source, tokenizer: Tokenizer, config: TrainSettings) -> tuple[dict[str, Any], int | None]:
+    """The numbers of the model with an embedding that has a row for every token, and the first row added (None: none).
+
+    Raises UserError where the tokenizer has ids that the model lacks and the config did not ask to add any.
+    """
+    rows, needed = source.hf_config["vocab_size"], tokenizer.vocab_size
+    if needed <= rows:
+        return source.hf_config, None
+    if not config.tokenizer.add_tokens:
+        raise UserError(
+            f"the tokenizer has {needed} tokens and {source.name} an embedding of {rows} rows: they don't belong together; "
+            "give the model's own tokenizer, or name new tokens in `tokenizer.add_tokens`"
+        )
+    if isinstance(config.weights, LoRAWeights):
+        raise UserError(
+            "`tokenizer.add_tokens` grows the embedding, whose new rows an adapter doesn't hold: use `weights.type: full`"
+        )
+    return {**source.hf_config, "vocab_size": needed}, rows
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters made in this context have `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def load_model(
+    path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
+    quantize_base: bool = False,
+) -> CausalLM:
+    """A model to compute with, from a folder or a Hub id; the folder of a PEFT adapter brings its base.
+
+    Args:
+        path: a folder or Hub id of a model or of a PEFT adapter.
+        dtype: such as "bfloat16"; default: the one the checkpoint was saved in.
+        device: such as "cuda", or "auto".
+        adapter: a PEFT adapter to put on the model.
+        base: the adapter's base, where it is not the one that adapter_config.json names.
+        quantize_base: hold the matrices in 4-bit NormalFloat.
+
+    Returns the module in evaluation mode under Hugging Face's parameter names; its parameters ask for no gradient.
+    Raises UserError for a folder that is no model, lacks files, or does not fit.
+    """
+    folder = hub.resolve(str(path))
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if adapter is not None:
+            raise UserError(f"{path} is an adapter itself: give its base as the model, or no second adapter")
+        adapter, folder = folder, _base_of(folder, base)
+    hf_config, family, decoder_config = families.model_config(folder)
+    wanted = _dtype(dtype if dtype is not None else hf_config.get("dtype", hf_config.get("torch_dtype", "float32")))
+    with torch.device("meta"), default_dtype(wanted):
+        model = build(hf_config, family, decoder_config)
+    adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
+    if adapter_folder is not None:
+        options = peft.lora_options(peft.read_adapter_config(adapter_folder))
+        apply_lora(model, dropout=0.0, quantize_base="nf4" if quantize_base else None, **options)
+    elif quantize_base:
+        apply_lora(model, rank=0, alpha=1.0, dropout=0.0, target_modules="all-linear", use_dora=False, use_rslora=False, quantize_base="nf4")
+    _materialize(model, pick_device(str(device)), None)
+    load_weights(model, folder, family)
+    if adapter_folder is not None:
+        reset_adapters(model, 0)
+        peft.load_adapter(model, adapter_folder)
+    return model.requires_grad_(False).eval()
+
+
+def _base_of(adapter: Path, base: str | Path | None) -> Path:
+    name = str(base) if base is not None else peft.read_adapter_config(adapter).get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter} doesn't name its base model: give it")
+    return hub.resolve(name)
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise UserError(f"no number type {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+

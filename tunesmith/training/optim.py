@@ -1,0 +1,253 @@
+"""From gradients to updates: optimizers by name, the schedule, clipping, loss scaling, and the optimizer step in backward."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.configs import shared
+from tunesmith.errors import UserError, require
+from tunesmith.training.schedule import lr_factor
+
+Parameters = list[tuple[str, nn.Parameter]]
+
+_SMALLEST_LOSS_SCALE = 2.0**-10
+
+
+class Optimizer:
+    """The optimizer of a run. `set_step`, `backward` for each micro-batch, then `step`."""
+
+    def __init__(self, model: nn.Module, config: shared.TrainSettings, total_steps: int, device: torch.device):
+        self.config = config
+        self.total_steps = total_steps
+        self.may_skip = False
+        self._device = device
+        self._parameters: Parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not self._parameters:
+            raise UserError("no parameter is trained: `weights.target_modules` matches nothing that can learn")
+        self._scaler = torch.amp.GradScaler(device.type) if config.dtype == "fp16" else None
+        self._squared_norms: list[Tensor] = []
+        if config.optimizer_in_bwd:
+            self._optimizers = [o for p in self._parameters for o in build_optimizers([p], config.optimizer)]
+            self._update_in_backward()
+        else:
+            self._optimizers = build_optimizers(self._parameters, config.optimizer)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass: fp16 computes under autocast over float32 weights, others as the weights are."""
+        if self.config.dtype == "fp16":
+            return torch.autocast(self._device.type, torch.float16)
+        return nullcontext()
+
+    def set_step(self, step: int) -> float:
+        """Set the learning rate of `step` everywhere, before its backward pass may need it; return it."""
+        lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, step, self.total_steps)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        return lr
+
+    def backward(self, loss: Tensor) -> None:
+        (self._scaler.scale(loss) if self._scaler else loss).backward()
+
+    def step(self, finite_loss: bool) -> tuple[float | None, bool]:
+        """Clip and update. Returns the gradient norm before clipping and whether the update was made.
+
+        It is not made where loss or norm is not finite or the norm exceeds `skip_grad_norm_above`; `may_skip` says
+        whether that is allowed by the configuration or by loss scaling.
+        """
+        if self.config.optimizer_in_bwd:
+            norm = math.sqrt(sum(float(square) for square in self._squared_norms))
+            self._squared_norms.clear()
+            return norm, finite_loss and math.isfinite(norm)
+        if self._scaler:
+            for optimizer in self._optimizers:
+                self._scaler.unscale_(optimizer)
+        gradients = [p.grad for _, p in self._parameters if p.grad is not None]
+        norm_tensor = torch.nn.utils.get_total_norm(gradients)
+        norm = float(norm_tensor)
+        finite = finite_loss and math.isfinite(norm)
+        too_large = self.config.skip_grad_norm_above is not None and norm > self.config.skip_grad_norm_above
+        if finite and not too_large:
+            if self.config.clip_grad_norm is not None:
+                parameters = [p for _, p in self._parameters if p.grad is not None]
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm_tensor)
+            for optimizer in self._optimizers:
+                optimizer.step()
+        self.may_skip = (finite and too_large) or (finite_loss and self._scaler is not None)
+        self._update_loss_scale()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return norm, finite and not too_large
+
+    def _update_loss_scale(self) -> None:
+        if self._scaler is None:
+            return
+        self._scaler.update()
+        if self._scaler.get_scale() < _SMALLEST_LOSS_SCALE:
+            raise UserError("gradients overflow fp16 at every loss scale: use `dtype: bf16` or `fp32`, or a lower `optimizer.lr`")
+
+    def _update_in_backward(self) -> None:
+        """Step each parameter as soon as its gradient is complete, and free the gradient."""
+        for (_, parameter), optimizer in zip(self._parameters, self._optimizers):
+
+            def update(parameter: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+                assert parameter.grad is not None
+                square = parameter.grad.float().square().sum()
+                self._squared_norms.append(square)
+                # An update with a gradient that is not finite would ruin the weights before the step can be refused.
+                if torch.isfinite(square):
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            parameter.register_post_accumulate_grad_hook(update)
+
+    # --- what a checkpoint keeps ---------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a resumed run needs: tensors by `parameter::key`, and plain values.
+
+        A tensor of a subclass (8-bit states) is stored as its inner tensors, with what rebuilds it among the values.
+        """
+        tensors: dict[str, Tensor] = {}
+        values: dict[str, Any] = {"loss_scale": self._scaler.state_dict() if self._scaler else None, "plain": {}, "wrapped": {}}
+        for name, key, value in self._states():
+            slot = f"{name}::{key}"
+            if not isinstance(value, Tensor):
+                values["plain"][slot] = value
+            elif type(value) not in (Tensor, nn.Parameter) and hasattr(value, "__tensor_flatten__"):
+                inner, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
+                kind = f"{type(value).__module__}.{type(value).__qualname__}"
+                values["wrapped"][slot] = {"type": kind, "context": context, "inner": list(inner), "shape": list(value.shape), "stride": list(value.stride())}
+                tensors.update({f"{slot}::{part}": getattr(value, part).detach() for part in inner})
+            else:
+                tensors[slot] = value.detach()
+        return tensors, values
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        if self._scaler and values["loss_scale"]:
+            self._scaler.load_state_dict(values["loss_scale"])
+        loaded: dict[str, dict[str, Any]] = {}
+        rebuilt = {slot: _rebuild(slot, record, tensors) for slot, record in values["wrapped"].items()}
+        inner = {f"{slot}::{part}" for slot, record in values["wrapped"].items() for part in record["inner"]}
+        plain = {slot: tensor for slot, tensor in tensors.items() if slot not in inner}
+        for slot, value in {**values["plain"], **plain, **rebuilt}.items():
+            name, _, key = slot.partition("::")
+            loaded.setdefault(name, {})[key] = value
+        by_name = dict(self._parameters)
+        if unknown := loaded.keys() - by_name.keys():
+            raise UserError(f"the checkpoint holds optimizer states of parameters that are not trained now, such as {min(unknown)}")
+        for optimizer in self._optimizers:
+            fused = bool(optimizer.defaults.get("fused"))
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = self._name_of[id(parameter)]
+                    if name in loaded:
+                        optimizer.state[parameter] = {k: _place(k, v, parameter, fused) for k, v in loaded[name].items()}
+
+    @property
+    def _name_of(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self._parameters}
+
+    def _states(self) -> Iterator[tuple[str, str, Any]]:
+        names = self._name_of
+        for optimizer in self._optimizers:
+            for parameter, state in optimizer.state.items():
+                for key, value in state.items():
+                    yield names[id(parameter)], key, value
+
+
+def _rebuild(slot: str, record: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    module, _, name = record["type"].rpartition(".")
+    if module.partition(".")[0] != "torchao":  # a checkpoint must not choose what code runs
+        raise UserError(f"the checkpoint's optimizer state {slot} is of the unknown type {record['type']}")
+    kind = getattr(importlib.import_module(module), name)
+    inner = {part: tensors[f"{slot}::{part}"] for part in record["inner"]}
+    return kind.__tensor_unflatten__(inner, record["context"], torch.Size(record["shape"]), tuple(record["stride"]))
+
+
+def _place(key: str, value: Any, parameter: Tensor, fused: bool) -> Any:
+    """Step counters stay on the host, where the unfused optimizers keep them; all else goes to the parameter's device."""
+    if not isinstance(value, Tensor):
+        return value
+    return value if key == "step" and not fused else value.to(parameter.device)
+
+
+# --- optimizers by name ------------------------------------------------------------------------------
+
+
+def build_optimizers(parameters: Parameters, config: shared.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes."""
+    if isinstance(config, shared.AdamW):
+        return [torch.optim.AdamW(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps, fused=config.fused)]
+    if isinstance(config, shared.AdamW8bit):
+        torchao_optim = require("torchao.optim", "torchao", "`optimizer.type: adamw_8bit`")
+        return [torchao_optim.AdamW8bit(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps)]
+    if isinstance(config, shared.SGD):
+        groups = _groups(parameters, config.weight_decay)
+        return [torch.optim.SGD(groups, config.lr, momentum=config.momentum, fused=True)]
+    if isinstance(config, shared.Adafactor):
+        return [torch.optim.Adafactor(_groups(parameters, config.weight_decay), config.lr)]
+    if isinstance(config, shared.Muon):
+        return _muon(parameters, config)
+    return [_third_party(parameters, config)]
+
+
+def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed, vectors (norms, biases) are not."""
+    matrices = [p for _, p in parameters if p.ndim >= 2]
+    vectors = [p for _, p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _muon(parameters: Parameters, config: shared.Muon) -> list[torch.optim.Optimizer]:
+    def is_hidden_matrix(item: tuple[str, nn.Parameter]) -> bool:
+        name, parameter = item
+        return parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith("lm_head")
+
+    matrices = [item for item in parameters if is_hidden_matrix(item)]
+    others = [item for item in parameters if not is_hidden_matrix(item)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                [p for _, p in matrices],
+                config.lr,
+                config.weight_decay,
+                config.momentum,
+                config.nesterov,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    if others:
+        optimizers.append(torch.optim.AdamW(_groups(others, config.weight_decay), config.lr, fused=True))
+    return optimizers
+
+
+def _third_party(parameters: Parameters, config: shared.ThirdPartyOptimizer) -> torch.optim.Optimizer:
+    kind: Callable[..., torch.optim.Optimizer] = import_dotted(config.type, "optimizer.type")
+    try:
+        return kind([p for _, p in parameters], lr=config.lr, **config.options)
+    except TypeError as error:
+        raise UserError(f"`optimizer.type: {config.type}` doesn't take these options: {error}") from error
+
+
+def import_dotted(path: str, key: str) -> Any:
+    """The object at a dotted `path`; UserError naming the config `key` where it can't be imported."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"`{key}: {path}` can't be imported: {error}") from error
+
+
+def build_optimizer(model: nn.Module, config: shared.TrainSettings, total_steps: int, device: torch.device) -> Optimizer:
+    """The optimizer of a run over the trained parameters of `model`; `total_steps` is what the schedule spans."""
+    return Optimizer(model, config, total_steps, device)
