@@ -20,7 +20,16 @@ LAYERS = [  # top to bottom
     {"configs", "config", "errors", "hub"},
 ]
 DEPTH = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
-TORCH_FREE = ["configs", "config.py", "errors.py", "hub.py", "cli", "models/families.py", "models/family.py", "training/preflight.py"]
+TORCH_FREE = [
+    "configs",
+    "config.py",
+    "errors.py",
+    "hub.py",
+    "cli",
+    "models/families.py",
+    "models/family.py",
+    "training/preflight.py",
+]
 
 
 def imported(path: Path):
@@ -39,7 +48,9 @@ def test_imports_point_down():
         package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         for line, other in imported(path):
             base = {"configs", "config", "errors", "hub"}
-            sideways = other != package and DEPTH.get(other, 99) <= DEPTH.get(package, -1) and not {package, other} <= base
+            sideways = (
+                other != package and DEPTH.get(other, 99) <= DEPTH.get(package, -1) and not {package, other} <= base
+            )
             if package in DEPTH and other in DEPTH and sideways:
                 wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports tunesmith.{other}")
     assert not wrong, "imports that point up or sideways:\n" + "\n".join(wrong)
@@ -48,7 +59,11 @@ def test_imports_point_down():
 def test_recipes_do_not_import_each_other():
     recipes = {path.stem for path in (PACKAGE / "recipes").glob("*.py")}
     for path in (PACKAGE / "recipes").glob("*.py"):
-        names = {node.module.split(".")[2] for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tunesmith.recipes.")}
+        names = {
+            node.module.split(".")[2]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tunesmith.recipes.")
+        }
         assert not names & recipes, f"{path.name} imports another recipe: {names & recipes}"
 
 
@@ -58,7 +73,9 @@ def test_torch_free_modules_import_no_torch():
         path = PACKAGE / entry
         files += sorted(path.rglob("*.py")) if path.is_dir() else [path]
     files += sorted((PACKAGE / "models").glob("*/family.py"))
-    modules = [".".join(("tunesmith", *f.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__") for f in files]
+    modules = [
+        ".".join(("tunesmith", *f.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__") for f in files
+    ]
     modules = [module for module in modules if not module.endswith(("__main__", "cli.worker"))]
     code = f"import sys\nfor m in {modules!r}: __import__(m)\nassert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,11 +1,11 @@
 """tunesmith: the whole life of a language model, in PyTorch.
 
-    import tunesmith                                       # imports nothing heavy until used
-    model = tunesmith.load_model("folder-or-hub-id", dtype="bfloat16", device="cuda")
-    tokenizer = tunesmith.load_tokenizer("folder-or-hub-id")
-    texts = tunesmith.generate(model, tokenizer, ["Once upon a time"], max_new_tokens=64, temperature=0.0)
-    tunesmith.save_model(model, "folder", tokenizer)
-    config = tunesmith.load_config("sft", "+lora", "model=…", "batch_size=4"); tunesmith.run(config)
+import tunesmith                                       # imports nothing heavy until used
+model = tunesmith.load_model("folder-or-hub-id", dtype="bfloat16", device="cuda")
+tokenizer = tunesmith.load_tokenizer("folder-or-hub-id")
+texts = tunesmith.generate(model, tokenizer, ["Once upon a time"], max_new_tokens=64, temperature=0.0)
+tunesmith.save_model(model, "folder", tokenizer)
+config = tunesmith.load_config("sft", "+lora", "model=…", "batch_size=4"); tunesmith.run(config)
 """
 
 from __future__ import annotations

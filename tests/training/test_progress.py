@@ -159,7 +159,10 @@ def test_other_ranks_are_silent(clock):
 def test_a_real_terminal(tmp_path):
     code = "from tunesmith.training.progress import Progress\np = Progress(2)\np.update(1, {'loss': 3.0})\np.note('hello')\np.update(2, {'loss': 2.0})\np.close()"
     main, other = pty.openpty()
-    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "COLUMNS")} | {"TERM": "xterm", "LC_ALL": "C.UTF-8"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "COLUMNS")} | {
+        "TERM": "xterm",
+        "LC_ALL": "C.UTF-8",
+    }
     subprocess.run([sys.executable, "-c", code], stdout=other, env=environment, check=True)
     os.close(other)
     text = os.read(main, 10_000).decode()
@@ -168,4 +171,10 @@ def test_a_real_terminal(tmp_path):
 
 
 def test_durations():
-    assert [format_seconds(s) for s in (1.23, 59, 187, 3723, 183_845)] == ["1.2 s", "59 s", "3:07", "1:02:03", "2 d 3:04:05"]
+    assert [format_seconds(s) for s in (1.23, 59, 187, 3723, 183_845)] == [
+        "1.2 s",
+        "59 s",
+        "3:07",
+        "1:02:03",
+        "2 d 3 h",
+    ]

@@ -52,13 +52,14 @@ class Checkpoints:
         optimizer: Any,
         data: Any,
         fingerprint: dict[str, Any],
+        device: torch.device,
         keep_last: int | None = None,
         background: bool = False,
     ):
         self.folder = run_folder / "checkpoints"
         self.counters: dict[str, Any] = {}
         self.last_saved: int | None = None
-        self._stage_model, self._optimizer, self._data = stage_model, optimizer, data
+        self._stage_model, self._optimizer, self._data, self._device = stage_model, optimizer, data, device
         self._fingerprint, self._keep_last = fingerprint, keep_last
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[None] | None = None
@@ -80,7 +81,7 @@ class Checkpoints:
             "python_random": random.getstate(),
         }
         tensors = {f"optimizer::{name}": tensor for name, tensor in tensors.items()}
-        tensors |= {f"rng::{name}": tensor for name, tensor in accelerator.rng_state().items()}
+        tensors |= {f"rng::{name}": tensor for name, tensor in accelerator.rng_state(self._device).items()}
         if self._pool is None:
             self._write(target, write_model, tensors, state)
         else:
@@ -117,7 +118,7 @@ class Checkpoints:
             verify(partial, digests)
             _write_synced(partial / RESUME / "state.json", json.dumps({**state, "digests": digests}))
             if target.exists():  # the same step saved again, after a resume with less to do
-                shutil.rmtree(target)
+                _remove(target)
             os.rename(partial, target)
             _sync_folder(self.folder)
             point_latest(self.folder, target.name)
@@ -144,22 +145,21 @@ class Checkpoints:
         The weights are the caller's to load. Raises UserError where the run it was saved by differs in what decides the
         numbers: base model, trained weights, data, global batch.
         """
+        check_same_run(folder, self._fingerprint)
         state = read_state(folder)
-        saved = state["fingerprint"]
-        changed = [key for key in sorted(saved.keys() | self._fingerprint.keys()) if saved.get(key) != self._fingerprint.get(key)]
-        if changed:
-            was = "; ".join(f"{key} was {saved.get(key)}, is now {self._fingerprint.get(key)}" for key in changed)
-            raise UserError(f"{folder} can't be resumed with this configuration: {was}. Undo the change, or start in another `output_dir`")
         tensors = {}
         for file in sorted((folder / RESUME).glob("optimizer*.safetensors")):
             with safe_open(file, "pt") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
         self._optimizer.load_state(
-            {n.removeprefix("optimizer::"): t for n, t in tensors.items() if n.startswith("optimizer::")}, state["optimizer"]
+            {n.removeprefix("optimizer::"): t for n, t in tensors.items() if n.startswith("optimizer::")},
+            state["optimizer"],
         )
         self._data.load_state(state["data"])
         self.counters = dict(state["counters"])
-        accelerator.set_rng_state({n.removeprefix("rng::"): t for n, t in tensors.items() if n.startswith("rng::")})
+        accelerator.set_rng_state(
+            self._device, {n.removeprefix("rng::"): t for n, t in tensors.items() if n.startswith("rng::")}
+        )
         version, internal, gauss = state["python_random"]
         random.setstate((version, tuple(internal), gauss))
         self.last_saved = state["step"]
@@ -184,13 +184,39 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     if not complete:
         return None
     newest = complete[-1][1]
-    verify(newest, read_state(newest)["digests"])
+    try:
+        verify(newest, read_state(newest)["digests"])
+    except UserError as error:
+        raise UserError(f"{error}; remove {newest}, and `resume_from_checkpoint=true` takes the one before") from error
     point_latest(folder, newest.name)
     return newest
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RESUME / "state.json").read_text())
+    path = folder / RESUME / "state.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: remove {folder}, and `resume_from_checkpoint=true` takes the one before"
+        ) from error
+
+
+def check_same_run(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Raise UserError, naming the changes, where the checkpoint in `folder` was saved with other values of `fingerprint`."""
+    saved = read_state(folder)["fingerprint"]
+    changed = [key for key in sorted(fingerprint) if saved.get(key) != fingerprint[key]]
+    if changed:
+        was = "; ".join(_change(key, saved.get(key), fingerprint[key]) for key in changed)
+        raise UserError(
+            f"{folder} can't be resumed with this configuration: {was}. Undo the change, or start in another `output_dir`"
+        )
+
+
+def _change(key: str, was: Any, now: Any) -> str:
+    if key in ("data", "model"):  # digests tell a person nothing
+        return f"the {'data or how they are read' if key == 'data' else 'model'} changed"
+    return f"{key} was {was}, is now {now}"
 
 
 def point_latest(folder: Path, name: str) -> None:
@@ -226,7 +252,14 @@ def _sync_folder(folder: Path) -> None:
 def fingerprint_folder(folder: Path) -> str:
     """A digest that tells model folders apart without reading them whole: configuration, tensor tables, file sizes, and the ends of each file."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.pth"), *folder.glob("pytorch_model*.bin"), folder / "config.json"]):
+    for path in sorted(
+        [
+            *folder.glob("*.safetensors"),
+            *folder.glob("*.pth"),
+            *folder.glob("pytorch_model*.bin"),
+            folder / "config.json",
+        ]
+    ):
         if not path.is_file():
             continue
         size = path.stat().st_size

@@ -26,6 +26,10 @@ class Place(NamedTuple):
 NOWHERE = Place(1 << 30, "")
 
 
+UNRESOLVED: Any = object()
+"""The value of a node that can't be known, as the reason is among the problems already."""
+
+
 class Problem(NamedTuple):
     """One mistake and its place."""
 
@@ -65,7 +69,10 @@ class Node:
 # --- reading YAML --------------------------------------------------------------------------------
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+_FastLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where PyYAML was built with it
+
+
+class _Loader(_FastLoader):
     """YAML as people mean it: 3e-4 is a number, 2024-01-01 is text."""
 
 
@@ -211,6 +218,15 @@ def _move(node: Node, place: Place) -> None:
             _move(child, place)
 
 
+def to_node(value: Any, place: Place) -> Node:
+    """A plain value as a tree, all of it written at `place`."""
+    if isinstance(value, dict):
+        return Node({str(key): to_node(child, place) for key, child in value.items()}, place)
+    if isinstance(value, (list, tuple)):
+        return Node([to_node(child, place) for child in value], place)
+    return Node(value, place, None if value is None else str(value))
+
+
 def nest(keys: list[str], node: Node) -> Node:
     """{a: {b: node}} for the keys [a, b]."""
     for key in reversed(keys):
@@ -283,69 +299,3 @@ def delete(tree: Node, keys: list[str]) -> Node:
     if rest:
         entries[first] = delete(entries[first], rest)
     return Node(entries, tree.place)
-
-
-# --- ${key} --------------------------------------------------------------------------------------
-
-_REFERENCE = re.compile(r"(?<!\$)\$\{\s*([^{}]*?)\s*\}")
-
-
-class Interpolation:
-    """Replaces `${a.b}` by the value of that key, wherever it was written; `$${a}` stays as the text `${a}`.
-
-    `default(keys)` gives the value of a key that no layer sets, or raises KeyError.
-    """
-
-    def __init__(self, tree: Node, default, problems: list[Problem], strict: bool = True):
-        self.root, self.default, self.problems, self.strict = tree, default, problems, strict
-        self.open: list[str] = []
-
-    def run(self) -> Node:
-        return self.node(self.root)
-
-    def node(self, node: Node) -> Node:
-        if isinstance(node.value, dict):
-            return Node({key: self.node(child) for key, child in node.value.items()}, node.place)
-        if isinstance(node.value, list):
-            return Node([self.node(child) for child in node.value], node.place, node.text)
-        if not isinstance(node.value, str) or "${" not in node.value:
-            return node
-        if whole := _REFERENCE.fullmatch(node.value):
-            found = self.reference(whole[1], node)
-            return Node(found.value, node.place, found.text) if found else node
-        text = _REFERENCE.sub(lambda match: self.inside(match, node), node.value)
-        return Node(text.replace("$${", "${") if self.strict else text, node.place, None)
-
-    def inside(self, match: re.Match, node: Node) -> str:
-        found = self.reference(match[1], node)
-        if found is None:
-            return match[0]
-        if isinstance(found.value, (dict, list)):
-            self.report(node, f"`{match[0]}` stands inside text but names a section or list")
-            return match[0]
-        return found.text if found.text is not None else str(found.value)
-
-    def reference(self, dotted: str, node: Node) -> Node | None:
-        if dotted in self.open:
-            circle = " → ".join([*self.open[self.open.index(dotted) :], dotted])
-            self.report(node, f"`${{{dotted}}}` goes round in a circle: {circle}")
-            return None
-        target = find(self.root, dotted.split("."))
-        if target is None:
-            try:
-                value = self.default(dotted.split("."))
-            except KeyError:
-                if self.strict:
-                    self.report(node, f"`${{{dotted}}}` names no option")
-                return None
-            return Node(value, node.place, None if value is None else str(value))
-        self.open.append(dotted)
-        try:
-            return self.node(target)
-        finally:
-            self.open.pop()
-
-    def report(self, node: Node, text: str) -> None:
-        problem = Problem(node.place, text)
-        if problem not in self.problems:
-            self.problems.append(problem)

@@ -1,31 +1,40 @@
 """Where rows come from and how they become training text."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from tunesmith.configs.shared import Checked, below
 
 
 @dataclass
-class _Source:
+class _Source(Checked):
     source: str
     """A file (json, jsonl, csv, parquet, txt), a folder or glob of them, a Hub id, or a built-in name (see `tune ls`)."""
     split: str | None = None
     """Split, with an optional slice such as train[:95%]; files without splits take a bare slice such as train[95%:]; default: train."""
     subset: str | None = None
     """Configuration of a Hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
     column_map: dict[str, str] = field(default_factory=dict)
-    """{our column: your column}, such as {input: question, output: answer}."""
+    """{our column: your column}, such as {prompt: question, completion: answer}."""
     packed: bool = False
     """Fill rows to max_seq_len with several documents that do not see each other."""
     streaming: bool = False
     """Read as the run goes on instead of indexing first: for sources larger than memory."""
     shuffle_buffer: int = 10_000
-    """Rows held for shuffling a stream."""
-    weight: float = 1.0
-    """How often this source is drawn, relative to the others in a list."""
+    """Rows held for shuffling (and packing) a stream."""
+    weight: float | None = None
+    """Share of the rows drawn from this source, relative to the weights of the others in a list; default: by size, every row once an epoch."""
     reader: str | None = None
     """Dotted path of your own function (source, split) -> iterable of row dicts."""
+
+    def problems(self):
+        yield from below(1, self, "shuffle_buffer")
+        if self.weight is not None and self.weight <= 0:
+            yield f"`weight` must be above 0, got {self.weight}"
+        if not self.source:
+            yield "`source` is empty; name a file, a folder, a Hub id, or a built-in name (see `tune ls`)"
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Options of `tune run export`."""
 
-from __future__ import annotations
-
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,3 +23,10 @@ class Export(RunSettings):
     """Largest safetensors file, such as 500MB or 5GB."""
     tolerance: float | None = None
     """Largest allowed difference of the logits read back, relative to their size; default: by dtype."""
+
+    def problems(self):
+        yield from super().problems()
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", self.max_shard_size, re.IGNORECASE):
+            yield f"`max_shard_size` must be a size such as 500MB or 5GB, got {self.max_shard_size!r}"
+        if self.tolerance is not None and self.tolerance <= 0:
+            yield f"`tolerance` must be above 0, got {self.tolerance}"

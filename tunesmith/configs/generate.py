@@ -1,10 +1,8 @@
 """Options of `tune run generate`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
-from tunesmith.configs.shared import RunSettings, TokenizerConfig
+from tunesmith.configs.shared import RunSettings, TokenizerConfig, below
 
 
 @dataclass
@@ -56,16 +54,13 @@ class Generate(RunSettings):
     output_file: str | None = None
     """Write {prompt, text} rows here as jsonl."""
 
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` can't be negative, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1 or null, got {self.top_k}")
+    def problems(self):
+        yield from super().problems()
+        yield from below(1, self, "max_new_tokens", "top_k", "num_samples", "batch_size")
+        yield from below(0, self, "temperature", "seed")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"`{name}` must be above 0 and at most 1, got {value}")
+                yield f"`{name}` must be above 0 and at most 1, got {value}"
         if self.repetition_penalty <= 0:
-            raise ValueError(f"`repetition_penalty` must be positive, got {self.repetition_penalty}")
+            yield f"`repetition_penalty` must be above 0, got {self.repetition_penalty}"

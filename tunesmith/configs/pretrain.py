@@ -1,7 +1,5 @@
 """Options of `tune run pretrain`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +24,9 @@ class Pretrain(TrainSettings):
     sample_prompts: list[str] = field(default_factory=list)
     """Beginnings that the model continues before and after training; shown in report.html."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def problems(self):
+        yield from super().problems()
         if self.model_args and not self.from_scratch:
-            raise ValueError("`model_args` changes the shape of the model, which needs `from_scratch: true`")
+            yield "`model_args` changes the shape of the model, which needs `from_scratch: true`"
         if self.from_scratch and self.weights.type == "lora":
-            raise ValueError("`weights.type: lora` needs a trained base: set `from_scratch: false`, or train all weights")
+            yield "`weights.type: lora` needs a trained base: set `from_scratch: false`, or train all weights"

@@ -36,7 +36,9 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         _recipe("sft", "SFT", "Supervised fine-tuning: raise the likelihood of the answers."),
-        _recipe("pretrain", "Pretrain", "Pre-training: next-token loss on plain text, from scratch or from a checkpoint."),
+        _recipe(
+            "pretrain", "Pretrain", "Pre-training: next-token loss on plain text, from scratch or from a checkpoint."
+        ),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
         _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
     )

@@ -1,7 +1,5 @@
 """Options of `tune run sft`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from tunesmith.configs.data import ChatData

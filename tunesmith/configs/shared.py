@@ -1,9 +1,36 @@
 """Sections that every training method shares. The sentence under a field is its help text, its comment in a copied YAML, and its schema description."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+
+
+class Checked:
+    """A section with rules of its own: `problems` yields one sentence per broken rule, the options named in backticks."""
+
+    def problems(self) -> Iterator[str]:
+        yield from ()
+
+    def __post_init__(self):
+        if found := list(self.problems()):
+            raise ValueError("\n".join(found))
+
+
+def below(least: float, section: Any, *names: str) -> Iterator[str]:
+    """One sentence for each of the options `names` that is set and smaller than `least`."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < least:
+            yield f"`{name}` must be at least {least:g}, got {value}"
+
+
+def outside(least: float, most: float, section: Any, *names: str) -> Iterator[str]:
+    """One sentence for each of the options `names` that is set and not between `least` and `most`."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not least <= value <= most:
+            yield f"`{name}` must be between {least:g} and {most:g}, got {value}"
+
 
 # --- which weights are trained -------------------------------------------------------------------
 
@@ -16,7 +43,7 @@ class FullWeights:
 
 
 @dataclass
-class LoRAWeights:
+class LoRAWeights(Checked):
     """Small adapters are trained beside the frozen weights (LoRA, arXiv 2106.09685)."""
 
     type: ClassVar[str] = "lora"
@@ -37,18 +64,31 @@ class LoRAWeights:
     adapter: str | None = None
     """Folder or Hub id of a PEFT adapter to go on training from."""
 
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {self.rank}")
+    def problems(self):
+        yield from below(1, self, "rank")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}")
+            yield f"`dropout` must be at least 0 and below 1, got {self.dropout}"
+        if self.alpha <= 0:
+            yield f"`alpha` must be above 0, got {self.alpha}"
+        if self.target_modules == []:
+            yield "`target_modules` names no layer; all-linear chooses every linear layer but the output layer"
 
 
 # --- optimizer and schedule ----------------------------------------------------------------------
 
 
+class _HasRate(Checked):
+    def problems(self):
+        yield from below(0, self, *(name for name in ("lr", "weight_decay", "eps") if hasattr(self, name)))
+        for name in ("betas", "momentum"):
+            values = getattr(self, name, ())
+            for value in values if isinstance(values, tuple) else (values,):
+                if not 0 <= value < 1:
+                    yield f"`{name}` must be at least 0 and below 1, got {value}"
+
+
 @dataclass
-class AdamW:
+class AdamW(_HasRate):
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
 
     type: ClassVar[str] = "adamw"
@@ -65,7 +105,7 @@ class AdamW:
 
 
 @dataclass
-class AdamW8bit:
+class AdamW8bit(_HasRate):
     """AdamW with its states in 8 bits (through torchao)."""
 
     type: ClassVar[str] = "adamw_8bit"
@@ -80,7 +120,7 @@ class AdamW8bit:
 
 
 @dataclass
-class Muon:
+class Muon(_HasRate):
     """Orthogonalised momentum for matrices; embeddings, head, norms and biases are trained by AdamW at the same rate."""
 
     type: ClassVar[str] = "muon"
@@ -95,7 +135,7 @@ class Muon:
 
 
 @dataclass
-class SGD:
+class SGD(_HasRate):
     """Stochastic gradient descent."""
 
     type: ClassVar[str] = "sgd"
@@ -108,7 +148,7 @@ class SGD:
 
 
 @dataclass
-class Adafactor:
+class Adafactor(_HasRate):
     """Adam with factored second moments: almost no state (arXiv 1804.04235)."""
 
     type: ClassVar[str] = "adafactor"
@@ -119,7 +159,7 @@ class Adafactor:
 
 
 @dataclass
-class ThirdPartyOptimizer:
+class ThirdPartyOptimizer(_HasRate):
     """Any optimizer class by its dotted path; keys it alone knows are passed to it."""
 
     type: str
@@ -134,17 +174,20 @@ Optimizer = AdamW | AdamW8bit | Muon | SGD | Adafactor | ThirdPartyOptimizer
 
 
 @dataclass
-class _Warmup:
+class _Warmup(Checked):
+    gives_way: ClassVar[dict[str, str]] = {"warmup_ratio": "num_warmup_steps"}
+    """{option: the option it gives way to}: a recipe's own default steps back where the user writes the other."""
     num_warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     warmup_ratio: float | None = None
     """The same as a share of all steps; give one of the two."""
 
-    def __post_init__(self):
+    def problems(self):
+        yield from below(0, self, "num_warmup_steps")
         if self.warmup_ratio is not None and self.num_warmup_steps:
-            raise ValueError("give `num_warmup_steps` or `warmup_ratio`, not both")
-        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"`warmup_ratio` must be between 0 and 1, got {self.warmup_ratio}")
+            yield "give `num_warmup_steps` or `warmup_ratio`, not both (null turns one off)"
+        names = ("warmup_ratio", "min_lr_ratio", "decay_ratio")
+        yield from outside(0, 1, self, *(name for name in names if hasattr(self, name)))
 
 
 @dataclass
@@ -189,13 +232,16 @@ LRScheduler = Constant | Cosine | Linear | WarmupStableDecay
 
 
 @dataclass
-class Loss:
+class Loss(Checked):
     """The loss of a token and how it is computed."""
 
     type: Literal["cross_entropy"] = "cross_entropy"
     """Cross-entropy of the next token."""
     chunk_size: int = 1024
     """Tokens whose logits exist at one time; 0 computes all at once (more memory, the same numbers)."""
+
+    def problems(self):
+        yield from below(0, self, "chunk_size")
 
 
 # --- logging and profiling -----------------------------------------------------------------------
@@ -301,7 +347,7 @@ class Profiler:
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Checked):
     """The tokenizer and how a conversation becomes text."""
 
     path: str | None = None
@@ -315,9 +361,15 @@ class TokenizerConfig:
     add_tokens: list[str] = field(default_factory=list)
     """New special tokens; the embedding grows where it must, new rows start at the mean of the old."""
 
+    def problems(self):
+        yield from below(2, self, "max_seq_len")
+
+
+DEVICES = ("auto", "cuda", "xpu", "mps", "npu", "cpu")
+
 
 @dataclass(kw_only=True)
-class RunSettings:
+class RunSettings(Checked):
     """Where and how a recipe runs."""
 
     device: str = "auto"
@@ -329,10 +381,17 @@ class RunSettings:
     deterministic: bool = False
     """Use only deterministic kernels on an accelerator (slower); the CPU always is."""
 
+    def problems(self):
+        kind, _, number = self.device.partition(":")
+        if kind not in DEVICES or (":" in self.device and not number.isdecimal()):
+            yield f"`device` can be {', '.join(DEVICES)}, or one of them with a number such as cuda:1, not {self.device}"
+
 
 @dataclass(kw_only=True)
 class TrainSettings(RunSettings):
     """What pretrain, sft and every later training method have in common."""
+
+    gives_way: ClassVar[dict[str, str]] = {"clip_grad_norm": "optimizer_in_bwd"}
 
     output_dir: str = "run"
     """The run folder: config, metrics, checkpoints, report; must be empty unless resume_from_checkpoint is set."""
@@ -413,37 +472,48 @@ class TrainSettings(RunSettings):
     expert_parallel_dim: int = 1
     """Ranks that split the experts."""
 
-    def __post_init__(self):
-        for name in ("batch_size", "epochs", "log_every_n_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in (
-            "batch_size_val",
-            "gradient_accumulation_steps",
-            "global_batch_size",
-            "max_steps",
-            "max_steps_per_epoch",
-            "save_every_n_steps",
-            "keep_last_n_checkpoints",
-            "run_val_every_n_steps",
-            "max_val_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1 or null, got {value}")
+    def problems(self):
+        yield from super().problems()
+        counts = "batch_size batch_size_val gradient_accumulation_steps global_batch_size epochs max_steps max_steps_per_epoch log_every_n_steps"
+        more = "save_every_n_steps keep_last_n_checkpoints run_val_every_n_steps max_val_steps data_parallel_replicate_dim tensor_parallel_dim"
+        dims = "context_parallel_dim pipeline_parallel_dim expert_parallel_dim"
+        yield from below(1, self, *counts.split(), *more.split(), *dims.split())
+        yield from below(0, self, "seed")
+        for name in ("clip_grad_norm", "skip_grad_norm_above"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                yield f"`{name}` must be above 0, got {value}; null turns it off"
+        if self.data_parallel_shard_dim < 1 and self.data_parallel_shard_dim != -1:
+            yield f"`data_parallel_shard_dim` must be at least 1, or -1 for all that are left, got {self.data_parallel_shard_dim}"
+        if isinstance(self.ac_option, int) and self.ac_option < 1:
+            yield f"`ac_option` must be op or at least 1, got {self.ac_option}"
+        if self.ac_mode == "selective" and not self.enable_activation_checkpointing:
+            yield "`ac_mode: selective` has an effect only with `enable_activation_checkpointing: true`"
         if self.gradient_accumulation_steps and self.global_batch_size:
-            raise ValueError("give `gradient_accumulation_steps` or `global_batch_size`, not both")
+            yield "give `gradient_accumulation_steps` or `global_batch_size`, not both"
         if self.optimizer_in_bwd:
-            for other, is_set in {
-                "gradient_accumulation_steps": (self.gradient_accumulation_steps or 1) > 1,
-                "global_batch_size": (self.global_batch_size or 0) > self.batch_size,
-                "clip_grad_norm": self.clip_grad_norm is not None,
-                "skip_grad_norm_above": self.skip_grad_norm_above is not None,
-                "skip_nonfinite_steps": self.skip_nonfinite_steps,
-                "dtype: fp16": self.dtype == "fp16",
-                "pipeline_parallel_dim": self.pipeline_parallel_dim > 1,
-            }.items():
-                if is_set:
-                    raise ValueError(f"`optimizer_in_bwd` can't be combined with `{other}`: the update happens before the whole gradient is known; turn one of them off")
+            yield from self._in_backward()
         if self.enable_activation_offloading and not self.enable_activation_checkpointing and self.compile:
-            raise ValueError("`enable_activation_offloading` with `compile` needs `enable_activation_checkpointing`: only layer boundaries can be moved then")
+            yield "`enable_activation_offloading` with `compile` needs `enable_activation_checkpointing`: only layer boundaries can be moved then"
+
+    def _in_backward(self):
+        """What needs the whole gradient before the update."""
+        conflicts = {
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps or 1) > 1,
+            "global_batch_size": (self.global_batch_size or 0) > self.batch_size,
+            "clip_grad_norm": self.clip_grad_norm is not None,
+            "skip_grad_norm_above": self.skip_grad_norm_above is not None,
+            "skip_nonfinite_steps": self.skip_nonfinite_steps,
+            "dtype: fp16": self.dtype == "fp16",
+            "pipeline_parallel_dim": self.pipeline_parallel_dim > 1,
+        }
+        for other, is_set in conflicts.items():
+            if is_set:
+                off = (
+                    "null"
+                    if other in ("clip_grad_norm", "skip_grad_norm_above", "global_batch_size")
+                    else "bf16"
+                    if "dtype" in other
+                    else None
+                )
+                cure = f"set `{other.partition(':')[0]}` to {off}" if off else "turn one of them off"
+                yield f"`optimizer_in_bwd` can't be combined with `{other}`: the update happens before the whole gradient is known; {cure}"

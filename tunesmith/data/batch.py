@@ -30,7 +30,8 @@ class Batch:
     """How many units of each kind the loss divides by, over this micro-batch: {"tokens": labels not ignored}."""
 
     def __post_init__(self):
-        self.counts.setdefault("tokens", int((self.labels != IGNORED).sum()))
+        if "tokens" not in self.counts:
+            self.counts["tokens"] = int((self.labels != IGNORED).sum())
 
     @property
     def num_tokens(self) -> int:

@@ -12,7 +12,13 @@ from tunesmith.models.decoder import CausalLM
 
 
 def write_samples(
-    folder: Path, step: int, model: CausalLM, tokenizer: Tokenizer, prompts: list[str], chat: bool | None = False, max_new_tokens: int = 64
+    folder: Path,
+    step: int,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    chat: bool | None = False,
+    max_new_tokens: int = 64,
 ) -> None:
     """Answer `prompts` greedily and add {step, prompt, text} rows to samples.jsonl; rows of the same step are replaced."""
     if not prompts:
@@ -25,5 +31,9 @@ def write_samples(
     path = folder / "samples.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = [row for row in rows if row["step"] != step]
-    rows += [{"step": step, "prompt": prompt, "text": completion.text} for prompt, completion in zip(prompts, completions)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    rows += [
+        {"step": step, "prompt": prompt, "text": completion.text} for prompt, completion in zip(prompts, completions)
+    ]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    temporary.replace(path)  # a kill leaves the old rows or the new ones

@@ -68,10 +68,11 @@ class Head(nn.Module):
         hidden (B, T, D), labels (B, T). The gradients are formed in the forward pass, chunk_size positions at a time
         (0: all), so neither pass holds more logits than that. Can be differentiated once.
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        parameters: list[Tensor] = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.tied_to is not None and self.tied_to.weight.requires_grad:
             parameters.append(self.tied_to.weight)
-        return _CrossEntropy.apply(self, hidden, labels, chunk_size, *parameters)
+        learns = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
+        return _CrossEntropy.apply(self, hidden, labels, chunk_size, learns, *parameters)
 
     def _log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = _squeeze(self.project(hidden).float(), self.softcap)
@@ -85,44 +86,36 @@ class _CrossEntropy(torch.autograd.Function):
     """The sum of -log p and, at once, its gradients."""
 
     @staticmethod
-    def forward(ctx, head: Head, hidden: Tensor, labels: Tensor, chunk_size: int, *parameters: Tensor) -> Tensor:
+    def forward(ctx, head: Head, hidden: Tensor, labels: Tensor, chunk_size: int, learns: bool, *parameters) -> Tensor:
         where, rows, targets = _with_label(hidden, labels)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        wanted = [hidden.requires_grad, *(True for _ in parameters)]
-        wants_any = any(ctx.needs_input_grad)
-        row_gradient = torch.empty_like(rows) if wants_any else None
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        step = chunk_size or max(len(rows), 1)
-        plain = type(head).project is Head.project
-        for start in range(0, len(rows), step):
-            part, target = rows[start : start + step], targets[start : start + step]
-            if plain:
-                loss, gradient = _plain_chunk(head, part, target, wants_any, gradients)
-            else:
-                loss, gradient = _any_chunk(head, part, target, wants_any, parameters, gradients)
+        chunk = _plain_chunk if type(head).project is Head.project else _any_chunk
+        own, others = [], [torch.zeros_like(parameter) for parameter in parameters if learns]
+        for part, target in zip(_chunks(rows, chunk_size), _chunks(targets, chunk_size)):
+            loss, gradient = chunk(head, part, target, learns, parameters, others)
             total += loss
-            if row_gradient is not None:
-                row_gradient[start : start + step] = gradient
-        if wants_any:
-            hidden_gradient = torch.zeros_like(hidden).view(-1, hidden.shape[-1])
-            ctx.gradients = [hidden_gradient.index_copy_(0, where, row_gradient).view_as(hidden), *gradients]
-        del wanted
+            own.append(gradient)
+        if learns:
+            flat = torch.zeros_like(hidden).view(-1, hidden.shape[-1])
+            ctx.gradients = [flat.index_copy_(0, where, torch.cat(own).to(flat.dtype)) if own else flat, *others]
+            ctx.gradients[0] = ctx.gradients[0].view_as(hidden)
         return total
 
     @staticmethod
-    def backward(ctx, scale: Tensor):
+    def backward(ctx, scale: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("Head.cross_entropy can be differentiated only once")
-        return None, gradients[0].mul_(scale), None, None, *(gradient.mul_(scale) for gradient in gradients[1:])
+        hidden, *others = (gradient.mul_(scale) for gradient in gradients)
+        return None, hidden, None, None, None, *others
 
 
-def _plain_chunk(head: Head, hidden: Tensor, labels: Tensor, wants_any: bool, gradients: list[Tensor]):
-    """Loss and gradient of hidden (N, D) for a plain matrix; its own gradient is added to gradients[0] if there is one."""
+def _plain_chunk(head: Head, hidden: Tensor, labels: Tensor, learns: bool, parameters, gradients: list[Tensor]):
+    """Loss and gradient of hidden (N, D) for a plain matrix; its own is added to gradients[0], if it is trained."""
     logits = _squeeze(head.project(hidden).float(), head.softcap)
     log_probs = torch.log_softmax(logits, -1)
     loss = -log_probs.gather(-1, labels[:, None]).sum()
-    if not wants_any:
+    if not learns:
         return loss, None
     gradient = log_probs.exp_()
     gradient.scatter_add_(-1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
@@ -134,12 +127,12 @@ def _plain_chunk(head: Head, hidden: Tensor, labels: Tensor, wants_any: bool, gr
     return loss, gradient @ head.matrix.detach()
 
 
-def _any_chunk(head: Head, hidden: Tensor, labels: Tensor, wants_any: bool, parameters, gradients: list[Tensor]):
+def _any_chunk(head: Head, hidden: Tensor, labels: Tensor, learns: bool, parameters, gradients: list[Tensor]):
     """The same for a head with any projection, through autograd."""
-    with torch.set_grad_enabled(wants_any):
-        leaf = hidden.detach().requires_grad_(wants_any)
+    with torch.set_grad_enabled(learns):
+        leaf = hidden.detach().requires_grad_(learns)
         loss = -head._log_probs(leaf, labels).sum()
-    if not wants_any:
+    if not learns:
         return loss, None
     own, *others = torch.autograd.grad(loss, [leaf, *parameters])
     for total, gradient in zip(gradients, others):

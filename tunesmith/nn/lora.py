@@ -5,19 +5,25 @@ O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.errors import UserError
+from tunesmith.nn.head import Head
 from tunesmith.nn.quantize import NF4Linear, quantize_linear_layers
+
+M = TypeVar("M", bound=nn.Module)
+V = TypeVar("V")
 
 ADAPTER_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
 
@@ -81,18 +87,20 @@ class LoRALayer(nn.Module):
         update = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.lora.scaling
         if self.lora_magnitude is None:
             return base + update
-        ratio = (self.lora_magnitude / self.row_norms()).to(x.dtype)
+        ratio = self.lora_magnitude / self.row_norms()  # close to 1, where bfloat16 is coarse
         changed = self.project_base(dropped) if drop else base
-        return base + (ratio - 1) * changed + ratio * update
+        return base + (ratio - 1).to(x.dtype) * changed + ratio.to(x.dtype) * update
 
     def adapted_weight(self) -> Tensor:
         """W + s B A (O, I) in float32, for DoRA before rows get their length."""
-        return torch.addmm(self.base_weight().float(), self.lora_B.float(), self.lora_A.float(), alpha=self.lora.scaling)
+        return torch.addmm(
+            self.base_weight().float(), self.lora_B.float(), self.lora_A.float(), alpha=self.lora.scaling
+        )
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """Lengths (O,) of the rows of W + s B A, in float32; never differentiated."""
-        return torch.linalg.vector_norm(self.adapted_weight(), dim=1)
+        return _lengths(self.adapted_weight())
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -100,7 +108,7 @@ class LoRALayer(nn.Module):
         weight = self.adapted_weight()
         if self.lora_magnitude is None:
             return weight
-        return weight.mul_((self.lora_magnitude.float() / torch.linalg.vector_norm(weight, dim=1))[:, None])
+        return weight.mul_((self.lora_magnitude.float() / _lengths(weight))[:, None])
 
     @torch.no_grad()
     def reset_adapter(self, generator: torch.Generator, device: torch.device) -> None:
@@ -121,26 +129,18 @@ class LoRALayer(nn.Module):
         """Whether the adapter leaves the layer's weight exactly as it is."""
         if self.lora_B.any():
             return False
-        return self.lora_magnitude is None or torch.equal(self.lora_magnitude, self.row_norms().to(self.lora_magnitude.dtype))
+        return self.lora_magnitude is None or torch.equal(
+            self.lora_magnitude, self.row_norms().to(self.lora_magnitude.dtype)
+        )
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Of each row; never 0, since they are divided by."""
+    return torch.linalg.vector_norm(rows, dim=1).clamp_min_(1e-30)
 
 
 class LoRALinear(LoRALayer, nn.Linear):
     """A frozen dense linear layer with an adapter."""
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, lora: LoRA, dtype: torch.dtype | None = None) -> LoRALinear:
-        """Take over the parameters of `linear`, under their names, and add the adapter's (in `dtype`; default: the weight's)."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features, layer.training = linear.in_features, linear.out_features, linear.training
-        layer._take_base(linear)
-        layer.register_parameter("bias", linear.bias)
-        base_dtype, device = (linear.compute_dtype, linear.weight_nf4.device) if isinstance(linear, NF4Linear) else (linear.weight.dtype, linear.weight.device)
-        layer.add_adapter(lora, linear.in_features, linear.out_features, dtype or base_dtype, device)
-        return layer
-
-    def _take_base(self, linear: nn.Linear) -> None:
-        self.weight = linear.weight
 
     def base_weight(self) -> Tensor:
         return self.weight
@@ -160,12 +160,228 @@ class LoRALinear(LoRALayer, nn.Linear):
 class NF4LoRALinear(LoRALinear, NF4Linear):
     """A frozen NF4 linear layer with an adapter (QLoRA, arXiv 2305.14314; with use_dora: QDoRA)."""
 
-    def _take_base(self, linear: nn.Linear) -> None:
-        assert isinstance(linear, NF4Linear)
-        self.compute_dtype, self.weight_nf4 = linear.compute_dtype, linear.weight_nf4
-
     def base_weight(self) -> Tensor:
         return self.dense_weight(torch.float32)
 
     def project_base(self, x: Tensor) -> Tensor:
         return self.project_quantized(x)
+
+
+class LoRAHead(LoRALayer, Head):
+    """The output layer with an adapter. Where the head is tied, the adapter changes the logits alone, not the embedding."""
+
+    def base_weight(self) -> Tensor:
+        return self.matrix
+
+    def project_base(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.lora}"
+
+
+_PLAIN = {LoRALinear: nn.Linear, NF4LoRALinear: NF4Linear, LoRAHead: Head}
+
+
+def _retyped(module: nn.Module, kind: type[M]) -> M:
+    """A module of class `kind` with the attributes, parameters and hooks of `module`."""
+    copy = kind.__new__(kind)
+    copy.__dict__.update(
+        {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+    )
+    return copy
+
+
+def _with_adapter(module: nn.Module, lora: LoRA, dtype: torch.dtype | None) -> LoRALayer:
+    if isinstance(module, NF4Linear):
+        layer, weight_dtype, device = _retyped(module, NF4LoRALinear), module.compute_dtype, module.weight_nf4.device
+        outputs, inputs = module.weight_shapes()["weight"]
+    else:
+        weight = module.matrix if isinstance(module, Head) else module.weight
+        assert isinstance(weight, Tensor)
+        layer, weight_dtype, device = (
+            _retyped(module, LoRAHead if isinstance(module, Head) else LoRALinear),
+            weight.dtype,
+            weight.device,
+        )
+        outputs, inputs = weight.shape
+    layer.add_adapter(lora, inputs, outputs, dtype or weight_dtype, device)
+    return layer
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of every layer that can carry an adapter: linear layers and the output layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Head)) and name}
+
+
+def find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
+    """Full names of the layers that `target_modules` means, in the model's order.
+
+    "all-linear": every linear layer but the output layer. A list: a layer whose full name, or the end of it after a dot, is in the list.
+    Another string: a layer whose full name it matches as a regular expression (as PEFT does), or a single name.
+    Raises UserError for a name that no layer has; it lists those there are.
+    """
+    layers = adaptable_layers(model)
+    if target_modules == "all-linear":
+        return [name for name, module in layers.items() if not isinstance(module, Head)]
+    if isinstance(target_modules, str):
+        is_name = any(_ends_with(name, target_modules) for name in layers)
+        if not is_name:
+            return _match_pattern(layers, target_modules)
+        target_modules = [target_modules]
+    wanted = list(target_modules)
+    for target in wanted:
+        if not any(_ends_with(name, target) for name in layers):
+            raise UserError(_unknown_target(target, layers))
+    return [name for name in layers if any(_ends_with(name, target) for target in wanted)]
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _match_pattern(layers: dict[str, nn.Module], pattern: str) -> list[str]:
+    try:
+        names = [name for name in layers if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise UserError(f"target_modules {pattern!r} is no regular expression: {error}") from None
+    if not names:
+        raise UserError(_unknown_target(pattern, layers))
+    return names
+
+
+def _unknown_target(target: str, layers: dict[str, nn.Module]) -> str:
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    close = difflib.get_close_matches(target.rpartition(".")[2], leaves, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"target_modules names {target!r}, but no linear layer of this model is called that{hint}: there are {', '.join(leaves)}; or write all-linear"
+
+
+def apply_lora(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target_modules: str | Iterable[str] = "all-linear",
+    use_dora: bool = False,
+    use_rslora: bool = False,
+    quantize_base: str | None = None,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Put adapters on the target layers of `model` in place (see `find_targets`) and return the layers' names.
+
+    Works on the meta device and on loaded weights; base parameters keep their names, and all of them should be frozen afterwards
+    (`freeze_base`). quantize_base "nf4" also turns every linear layer but the output layer into NF4, adapted or not. The patterns give
+    single layers another rank or alpha, as in PEFT: {end of a layer's name, or a regular expression for it: value}. dtype is the adapter's
+    number type (default: that of the weight beside it). Then load the weights, and call `reset_adapters`.
+    """
+    if quantize_base not in (None, "nf4"):
+        raise UserError(f"quantize_base can be nf4 or null, not {quantize_base!r}")
+    names = find_targets(model, target_modules)
+    if quantize_base:
+        quantize_linear_layers(model)
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, LoRALayer):
+            raise ValueError(f"{name} already has an adapter")
+        lora = LoRA(
+            rank=_of_pattern(rank_pattern, name, rank),
+            alpha=_of_pattern(alpha_pattern, name, alpha),
+            dropout=dropout,
+            use_dora=use_dora,
+            use_rslora=use_rslora,
+        )
+        _replace(model, name, _with_adapter(module, lora, dtype))
+    return names
+
+
+def _of_pattern(patterns: dict[str, V] | None, name: str, default: V) -> V:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Name -> module of every layer with an adapter."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def reset_adapters(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> None:
+    """Initialise all adapters so that they change nothing; the base weights must be loaded.
+
+    Each is drawn from a generator seeded by (seed, its name), so it doesn't depend on which other layers have one. Adapters still on meta
+    are created on `device`.
+    """
+    for name, layer in adapter_layers(model).items():
+        digest = hashlib.sha256(f"{seed} {name}.lora_A".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        layer.reset_adapter(generator, torch.device(device))
+
+
+def freeze_base(model: nn.Module) -> list[str]:
+    """Let the adapters' parameters alone be trained; return their names."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] in ADAPTER_PARAMETERS)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within it the model computes what its base does: the reference of preference and reinforcement methods."""
+    layers = list(adapter_layers(model).values())
+    before = [layer.adapter_enabled for layer in layers]
+    for layer in layers:
+        layer.adapter_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.adapter_enabled = enabled
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """{parameter's name: tensor} of all adapters, detached, not copied."""
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] in ADAPTER_PARAMETERS
+    }
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> list[str]:
+    """Fold every adapter into its layer's weight (in float32, rounded once) and put plain layers back; return their names.
+
+    A tied head gets a weight of its own. Raises UserError for an NF4 base: merge into the model it was quantized from instead.
+    """
+    layers = adapter_layers(model)
+    for name, layer in layers.items():
+        check_mergeable(name, layer)
+        weight = layer.base_weight()
+        merged = nn.Parameter(layer.merged_weight().to(weight.dtype), requires_grad=weight.requires_grad)
+        plain = _retyped(layer, _PLAIN[type(layer)])
+        for attribute in (*ADAPTER_PARAMETERS, "weight"):
+            plain._parameters.pop(attribute, None)
+        for attribute in ("lora", "adapter_enabled"):
+            plain.__dict__.pop(attribute)
+        if isinstance(plain, Head):
+            plain._tied_to = (None,)
+        plain.weight = merged
+        _replace(model, name, plain)
+    return list(layers)
+
+
+def check_mergeable(name: str, layer: LoRALayer) -> None:
+    """Raise UserError where folding the adapter in would lose accuracy: on an NF4 weight."""
+    if isinstance(layer, NF4Linear):
+        raise UserError(
+            f"{name} is held in NF4: an adapter is merged into the unquantized base (load it without quantize_base, or use `tune run export`)"
+        )

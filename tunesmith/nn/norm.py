@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,12 +20,48 @@ class RMSNorm(nn.Module):
         self.eps, self.kind = eps, kind
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        if self.kind == "plain":
-            return self.weight * normed.to(x.dtype)
-        scale = self.weight.float() + 1 if self.kind == "unit_offset" else self.weight.float()
-        return (normed * scale).to(x.dtype)
+        if x.is_cuda and self.kind != "unit_offset":  # one kernel there, which rounds once, at the end
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if torch.compiler.is_compiling():  # a compiler fuses plain arithmetic, and finds out itself what to keep
+            wide = x.float()
+            return _scaled(
+                wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps), x, self.weight, self.kind
+            )
+        return _Norm.apply(x, self.weight, self.eps, self.kind)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}, kind={self.kind}"
+
+
+class _Norm(torch.autograd.Function):
+    """Autograd alone would keep three tensors of the size of x, and take twice as long on a CPU; this keeps x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, kind: str) -> Tensor:
+        wide = x.float()
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+        inverse = torch.rsqrt(mean_square + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.kind = kind
+        return _scaled(wide * inverse, x, weight, kind)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, inverse = ctx.saved_tensors
+        normed, gradient = x.float() * inverse, gradient.float()
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        gradient = gradient * _scale(weight, ctx.kind)
+        along = (gradient * normed).mean(-1, keepdim=True)
+        return gradient.sub_(normed.mul_(along)).mul_(inverse).to(x.dtype), weight_gradient, None, None
+
+
+def _scaled(normed: Tensor, x: Tensor, weight: Tensor, kind: str) -> Tensor:
+    if kind == "plain":
+        return normed.to(x.dtype) * weight
+    return (normed * _scale(weight, kind)).to(x.dtype)
+
+
+def _scale(weight: Tensor, kind: str) -> Tensor:
+    return weight.float() + 1 if kind == "unit_offset" else weight.float()

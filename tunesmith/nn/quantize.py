@@ -134,7 +134,9 @@ class NF4Linear(nn.Linear):
     def load_weight(self, name: str, tensor: Tensor, device: torch.device | str = "cpu") -> None:
         """Quantize the dense weight (O, I) and keep the result; where the layer is still on meta, on `device`."""
         if name != "weight" or tensor.shape != self.weight_shapes()["weight"]:
-            raise ValueError(f"an NF4 layer of shape {tuple(self.weight_shapes()['weight'])} can't take {name} of shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"an NF4 layer of shape {tuple(self.weight_shapes()['weight'])} can't take {name} of shape {tuple(tensor.shape)}"
+            )
         is_empty = self.weight_nf4.is_meta
         quantized = quantize_nf4(tensor.to(device if is_empty else self.weight_nf4.device))
         if is_empty:
@@ -150,9 +152,13 @@ class NF4Linear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         return self.dense_weight()
 
+    def project_quantized(self, input: Tensor) -> Tensor:
+        """(…, I) -> (…, O), without bias."""
+        return _FrozenLinear.apply(input, self.weight_nf4, self.weight_shapes()["weight"])  # type: ignore[return-value]
+
     def forward(self, input: Tensor) -> Tensor:
         """(…, I) -> (…, O), in the number type of `input`."""
-        output = _FrozenLinear.apply(input, self.weight_nf4, self.weight_shapes()["weight"])
+        output = self.project_quantized(input)
         return output if self.bias is None else output + self.bias.to(input.dtype)  # type: ignore[operator]
 
 

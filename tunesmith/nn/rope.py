@@ -23,7 +23,7 @@ class Rotary:
         self._cached: dict[tuple[torch.device, int], Tensor] = {}
 
     def __call__(self, positions: Tensor, length: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """positions (B or 1, T) -> cosines and sines, float32, (B or 1, T, 1, R/2).
+        """positions (B or 1, T) -> cosines, and sines with the sign that `rotate` wants: float32, (B or 1, T, 1, R).
 
         length: tokens in the whole sequence, for the kinds that depend on it: one for all, or (B,) one for each row.
         """
@@ -32,7 +32,8 @@ class Rotary:
         else:
             frequencies = self.frequencies(positions.device, length)
         angles = positions[..., None].float() * frequencies
-        return (angles.cos() * self.factor)[:, :, None], (angles.sin() * self.factor)[:, :, None]
+        cos, sin = (angles.cos() * self.factor)[:, :, None], (angles.sin() * self.factor)[:, :, None]
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def frequencies(self, device: torch.device, length: int | None) -> Tensor:
         """(R/2,) float32 angles a token."""
@@ -43,13 +44,19 @@ class Rotary:
             self._cached[key] = inverse_frequencies(self.rope, self.rotary_dim, key[1]).to(device)
         return self._cached[key]
 
+    def changes(self, old: int, new: int) -> bool:
+        """Whether a sequence of `old` tokens (more than 0) gets other frequencies when it has grown to `new`."""
+        return old > 0 and self._length_class(old) != self._length_class(new)
+
     def _length_class(self, length: int | None) -> int:
         """Lengths with the same frequencies fall into one class; 0 is the unstretched one."""
         if length is None or not self.rope.depends_on_length:
             return 0
         if self.rope.kind == "dynamic":
             return length if length > self.rope.max_position_embeddings else 0
-        return int(length > self.rope.original_max_position_embeddings) * (self.rope.original_max_position_embeddings + 1)
+        return int(length > self.rope.original_max_position_embeddings) * (
+            self.rope.original_max_position_embeddings + 1
+        )
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int, length: int = 0) -> Tensor:
@@ -123,12 +130,12 @@ def _yarn(rope: RopeConfig, dim: int, wavelengths: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R features of each head: x (B, T, H, K); cos and sin (B or 1, T, 1, R/2).
+    """Rotate the first R features of each head: x (B, T, H, K); cos and sin (B or 1, T, 1, R) as Rotary makes them.
 
-    Feature i is paired with feature i + R/2 (Hugging Face's order, not Meta's interleaved one).
+    Feature i is paired with feature i + R/2 (Hugging Face's order, not Meta's interleaved one); since the sines carry
+    the sign, the partner is reached by a roll.
     """
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    parts = (a * cos - b * sin, b * cos + a * sin)
-    turned = torch.cat([part.to(x.dtype) for part in parts] + ([rest] if rest.shape[-1] else []), -1)
-    return turned
+    size = cos.shape[-1]
+    turning = x if size == x.shape[-1] else x[..., :size]
+    turned = torch.addcmul(turning * cos, turning.roll(size // 2, -1), sin).to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), -1)

@@ -128,7 +128,8 @@ def _processor_name() -> str:
     if information.exists():
         for line in information.read_text().splitlines():
             if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+                count = torch.get_num_threads()
+                return f"{line.partition(':')[2].strip()}, {count} thread{'s' * (count != 1)}"
     import platform
 
     return platform.processor() or platform.machine()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,8 +33,7 @@ def apply_activation_checkpointing(
     """
     for index, layer in enumerate(layers):
         if mode == "full" or option == "op" or (index + 1) % int(option) == 0:
-            selective = mode == "selective" and option == "op"
-            _recompute(layer, partial(create_selective_checkpoint_contexts, _keep_costly()) if selective else None)
+            _recompute(layer, _selective if mode == "selective" and option == "op" else None)
 
 
 def _recompute(layer: nn.Module, context_fn: Any) -> None:
@@ -50,8 +48,12 @@ def _recompute(layer: nn.Module, context_fn: Any) -> None:
     layer.forward = recomputed
 
 
+def _selective() -> Any:
+    return create_selective_checkpoint_contexts(_keep_costly())
+
+
 def _keep_costly() -> Any:
-    """A policy with its own counters: those of the forward and of the recomputation must agree, and no layer may see another's."""
+    """A policy with its own counters, for one pass of one layer: those of the forward and of the recomputation must agree."""
     products = defaultdict(int)
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -74,7 +76,8 @@ class OffloadActivations(saved_tensors_hooks):
 
     def __init__(self, min_bytes: int = 1 << 20):
         def pack(tensor: torch.Tensor) -> Any:
-            if tensor.device.type == "cpu" or isinstance(tensor, nn.Parameter) or tensor.nbytes < min_bytes:
+            weight = tensor if tensor._base is None else tensor._base  # products keep a transposed view
+            if _is_on_host(tensor) or isinstance(weight, nn.Parameter) or tensor.nbytes < min_bytes:
                 return tensor
             host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=True)
             return tensor.device, host.copy_(tensor, non_blocking=True)
@@ -86,6 +89,10 @@ class OffloadActivations(saved_tensors_hooks):
             return host.to(device, non_blocking=True)
 
         super().__init__(pack, unpack)
+
+
+def _is_on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def offload_activations(enabled: bool, device: torch.device) -> AbstractContextManager[Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tunesmith.errors import UserError
@@ -38,7 +40,7 @@ class Mesh:
         """Whether this rank speaks to the user and writes the run folder."""
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
+    def sum(self, values: Sequence[float]) -> list[float]:
         """Sums of `values` over all data-parallel ranks, in float64."""
         totals = torch.tensor(values, dtype=torch.float64)
         if self.dp_size > 1:
@@ -54,9 +56,11 @@ def start_mesh(device: torch.device, data_parallel_replicate_dim: int = 1) -> Me
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world_size > 1:
-        raise UserError(f"{world_size} processes were started, but training on several devices is not there yet: start one")
+        raise UserError(
+            f"{world_size} processes were started, but training on several devices is not there yet: start one"
+        )
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", store=HashStore(), rank=rank, world_size=world_size)
     devices = init_device_mesh("cpu", (1,) * len(AXES), mesh_dim_names=AXES)
     return Mesh(devices, device, rank, world_size)
 

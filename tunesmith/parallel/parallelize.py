@@ -9,7 +9,9 @@ from tunesmith.parallel.memory import apply_activation_checkpointing
 from tunesmith.parallel.mesh import Mesh
 
 
-def parallelize(model: nn.Module, layers: list[nn.Module], mesh: Mesh, plan: dict[str, str], config: TrainSettings) -> None:
+def parallelize(
+    model: nn.Module, layers: list[nn.Module], mesh: Mesh, plan: dict[str, str], config: TrainSettings
+) -> None:
     """Change `model` (on the meta device) in place, in this order: activation checkpointing, compile per layer.
 
     `plan` holds the family's words for tensor parallelism; on a mesh of size one there is nothing to split.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tunesmith.configs.pretrain import Pretrain
 from tunesmith.data.batch import Batch
-from tunesmith.data.loader import text_batches
-from tunesmith.data.tokenizer import load_tokenizer
+from tunesmith.data.loader import text_batches, validation_batches
+from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.generation.samples import write_samples
 from tunesmith.nn.head import Head
 from tunesmith.training.build import build_model, find_model, max_sequence_length
@@ -29,15 +29,10 @@ def main(config: Pretrain) -> None:
 
     with start_run(config, "pretrain") as run:
         source = find_model(config.model, config.model_args, need_weights=not config.from_scratch)
-        tokenizer = load_tokenizer(
-            config.tokenizer.path or source.folder or source.repository,
-            chat_template=config.tokenizer.chat_template or source.family.chat_template,
-            chat_template_args=config.tokenizer.chat_template_args,
-            add_tokens=config.tokenizer.add_tokens,
-        )
+        tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, source.family.chat_templates)
         length = max_sequence_length(config, source)
         data = text_batches(config, tokenizer, run.mesh, max_seq_len=length)
-        held_out = text_batches(config, tokenizer, run.mesh, max_seq_len=length, validation=True)
+        held_out = validation_batches(config, tokenizer, run.mesh, max_seq_len=length)
         run.note(str(data.report))
 
         model = build_model(config, source, tokenizer, run.mesh, run.resume_from)

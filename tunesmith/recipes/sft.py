@@ -1,8 +1,8 @@
 """Supervised fine-tuning: raise the likelihood of the answers.
 
-    tune run sft model=Qwen/Qwen3-0.6B dataset.source=alpaca.jsonl             all weights
-    tune run sft +lora model=Qwen/Qwen3-8B dataset.source=alpaca.jsonl         small adapters beside frozen weights
-    tune run sft +qlora model=Qwen/Qwen3-8B dataset.source=alpaca.jsonl        the same over 4-bit weights
+tune run sft model=Qwen/Qwen3-0.6B dataset.source=alpaca.jsonl             all weights
+tune run sft +lora model=Qwen/Qwen3-8B dataset.source=alpaca.jsonl         small adapters beside frozen weights
+tune run sft +qlora model=Qwen/Qwen3-8B dataset.source=alpaca.jsonl        the same over 4-bit weights
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tunesmith.configs.sft import SFT
 from tunesmith.data.batch import Batch
-from tunesmith.data.loader import chat_batches
-from tunesmith.data.tokenizer import load_tokenizer
+from tunesmith.data.loader import chat_batches, validation_batches
+from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.generation.samples import write_samples
 from tunesmith.nn.head import Head
 from tunesmith.training.build import build_model, find_model, max_sequence_length
@@ -28,15 +28,10 @@ def main(config: SFT) -> None:
 
     with start_run(config, "sft") as run:
         source = find_model(config.model)
-        tokenizer = load_tokenizer(
-            config.tokenizer.path or source.folder,
-            chat_template=config.tokenizer.chat_template or source.family.chat_template,
-            chat_template_args=config.tokenizer.chat_template_args,
-            add_tokens=config.tokenizer.add_tokens,
-        )
+        tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, source.family.chat_templates)
         length = max_sequence_length(config, source)
         data = chat_batches(config, tokenizer, run.mesh, max_seq_len=length)
-        held_out = chat_batches(config, tokenizer, run.mesh, max_seq_len=length, validation=True)
+        held_out = validation_batches(config, tokenizer, run.mesh, max_seq_len=length)
         run.note(str(data.report))
 
         model = build_model(config, source, tokenizer, run.mesh, run.resume_from)

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
-from tunesmith.checkpoint.hf import load_weights
-from tunesmith.configs.shared import FullWeights, LoRAWeights, TrainSettings
+from tunesmith.checkpoint.hf import load_weights, read_model_config, stated_dtype
+from tunesmith.configs.shared import LoRAWeights, TrainSettings
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models import families
 from tunesmith.models.decoder import CausalLM, build
+from tunesmith.models.family import Family
 from tunesmith.models.initialize import initialize
 from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
+from tunesmith.nn.quantize import quantize_linear_layers
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
@@ -43,10 +44,15 @@ class Source:
 
     folder: Path | None
     hf_config: dict[str, Any]
-    family: Any
+    family: Family
     name: str
     repository: str | None = None
-    """Hub id of a named size's tokenizer."""
+    """Hub id that a named size stands for."""
+
+    @property
+    def tokenizer(self) -> Path | str:
+        """Where its tokenizer is: the folder, or for a named size the repository."""
+        return self.folder or self.repository or self.name
 
 
 def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights: bool = True) -> Source:
@@ -58,8 +64,10 @@ def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights
     ignored = None if need_weights else ["*.safetensors", "*.bin", "*.pth", "*.gguf"]
     folder = hub.resolve(name, ignore_patterns=ignored)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{name} is an adapter, not a model: give its base as `model` and the adapter as `weights.adapter`")
-    hf_config, family, _ = families.model_config(folder)
+        raise UserError(
+            f"{name} is an adapter, not a model: give its base as `model` and the adapter as `weights.adapter`"
+        )
+    hf_config, family, _ = read_model_config(folder)
     return Source(folder, {**hf_config, **(model_args or {})}, family, name)
 
 
@@ -106,7 +114,7 @@ def build_model(
     return model.train()
 
 
-def _apply(model: nn.Module, lora: LoRAWeights, resume_from: Path | None) -> None:
+def _apply(model: CausalLM, lora: LoRAWeights, resume_from: Path | None) -> None:
     """Put adapters on the model. One to go on from decides its own shape: rank, scale, targets and kind."""
     options = {
         "rank": lora.rank,
@@ -116,9 +124,11 @@ def _apply(model: nn.Module, lora: LoRAWeights, resume_from: Path | None) -> Non
         "use_rslora": lora.use_rslora,
     }
     folder = resume_from or (hub.resolve(lora.adapter, what="adapter") if lora.adapter else None)
+    # Small updates would round away in bf16 or fp16: adapters are float32 whatever the base is.
     if folder is not None:
-        options = peft.lora_options(peft.read_adapter_config(folder))
-    apply_lora(model, dropout=lora.dropout, quantize_base=lora.quantize_base, **options)
+        peft.apply_adapter(model, folder, lora.dropout, lora.quantize_base, dtype=torch.float32)
+        return
+    apply_lora(model, dropout=lora.dropout, quantize_base=lora.quantize_base, dtype=torch.float32, **options)
 
 
 def _materialize(model: CausalLM, device: torch.device, max_seq_len: int | None) -> None:
@@ -183,20 +193,20 @@ def load_model(
         if adapter is not None:
             raise UserError(f"{path} is an adapter itself: give its base as the model, or no second adapter")
         adapter, folder = folder, _base_of(folder, base)
-    hf_config, family, decoder_config = families.model_config(folder)
-    wanted = _dtype(dtype if dtype is not None else hf_config.get("dtype", hf_config.get("torch_dtype", "float32")))
+    hf_config, family, decoder_config = read_model_config(folder)
+    wanted = _dtype(dtype) if dtype is not None else stated_dtype(hf_config)
     with torch.device("meta"), default_dtype(wanted):
         model = build(hf_config, family, decoder_config)
     adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
     if adapter_folder is not None:
-        options = peft.lora_options(peft.read_adapter_config(adapter_folder))
-        apply_lora(model, dropout=0.0, quantize_base="nf4" if quantize_base else None, **options)
+        peft.apply_adapter(model, adapter_folder, quantize_base="nf4" if quantize_base else None, dtype=torch.float32)
     elif quantize_base:
-        apply_lora(model, rank=0, alpha=1.0, dropout=0.0, target_modules="all-linear", use_dora=False, use_rslora=False, quantize_base="nf4")
-    _materialize(model, pick_device(str(device)), None)
-    load_weights(model, folder, family)
+        quantize_linear_layers(model)
+    place = pick_device(str(device))
+    load_weights(model, folder, family, device=place)
+    model.init_buffers(place)
     if adapter_folder is not None:
-        reset_adapters(model, 0)
+        reset_adapters(model, 0, place)
         peft.load_adapter(model, adapter_folder)
     return model.requires_grad_(False).eval()
 
@@ -214,5 +224,3 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"no number type {name!r}: choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-

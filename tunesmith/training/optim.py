@@ -32,12 +32,13 @@ class Optimizer:
         if not self._parameters:
             raise UserError("no parameter is trained: `weights.target_modules` matches nothing that can learn")
         self._scaler = torch.amp.GradScaler(device.type) if config.dtype == "fp16" else None
-        self._squared_norms: list[Tensor] = []
+        self._norms: list[Tensor] = []
         if config.optimizer_in_bwd:
             self._optimizers = [o for p in self._parameters for o in build_optimizers([p], config.optimizer)]
             self._update_in_backward()
         else:
             self._optimizers = build_optimizers(self._parameters, config.optimizer)
+        self._groups_at_start = [_numbers(group) for group in self._groups()]
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context of a forward pass: fp16 computes under autocast over float32 weights, others as the weights are."""
@@ -50,7 +51,10 @@ class Optimizer:
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, step, self.total_steps)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                if isinstance(group["lr"], Tensor):  # a compiled step would be compiled again for another number
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
         return lr
 
     def backward(self, loss: Tensor) -> None:
@@ -63,14 +67,14 @@ class Optimizer:
         whether that is allowed by the configuration or by loss scaling.
         """
         if self.config.optimizer_in_bwd:
-            norm = math.sqrt(sum(float(square) for square in self._squared_norms))
-            self._squared_norms.clear()
+            norm = float(_norm(self._norms))
+            self._norms.clear()
             return norm, finite_loss and math.isfinite(norm)
         if self._scaler:
             for optimizer in self._optimizers:
                 self._scaler.unscale_(optimizer)
         gradients = [p.grad for _, p in self._parameters if p.grad is not None]
-        norm_tensor = torch.nn.utils.get_total_norm(gradients)
+        norm_tensor = _norm([_length(gradient) for gradient in gradients])
         norm = float(norm_tensor)
         finite = finite_loss and math.isfinite(norm)
         too_large = self.config.skip_grad_norm_above is not None and norm > self.config.skip_grad_norm_above
@@ -91,7 +95,9 @@ class Optimizer:
             return
         self._scaler.update()
         if self._scaler.get_scale() < _SMALLEST_LOSS_SCALE:
-            raise UserError("gradients overflow fp16 at every loss scale: use `dtype: bf16` or `fp32`, or a lower `optimizer.lr`")
+            raise UserError(
+                "gradients overflow fp16 at every loss scale: use `dtype: bf16` or `fp32`, or a lower `optimizer.lr`"
+            )
 
     def _update_in_backward(self) -> None:
         """Step each parameter as soon as its gradient is complete, and free the gradient."""
@@ -99,10 +105,9 @@ class Optimizer:
 
             def update(parameter: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
                 assert parameter.grad is not None
-                square = parameter.grad.float().square().sum()
-                self._squared_norms.append(square)
+                self._norms.append(_length(parameter.grad))
                 # An update with a gradient that is not finite would ruin the weights before the step can be refused.
-                if torch.isfinite(square):
+                if torch.isfinite(self._norms[-1]):
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
@@ -113,10 +118,19 @@ class Optimizer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs: tensors by `parameter::key`, and plain values.
 
-        A tensor of a subclass (8-bit states) is stored as its inner tensors, with what rebuilds it among the values.
+        A tensor of a subclass (8-bit states) is stored as its inner tensors, with what rebuilds it among the values. Of
+        parameter groups, what the optimizer itself has changed is kept (some count or estimate there).
         """
         tensors: dict[str, Tensor] = {}
-        values: dict[str, Any] = {"loss_scale": self._scaler.state_dict() if self._scaler else None, "plain": {}, "wrapped": {}}
+        values: dict[str, Any] = {
+            "loss_scale": self._scaler.state_dict() if self._scaler else None,
+            "plain": {},
+            "wrapped": {},
+            "groups": [
+                {key: value for key, value in _numbers(group).items() if value != at_start.get(key)}
+                for group, at_start in zip(self._groups(), self._groups_at_start)
+            ],
+        }
         for name, key, value in self._states():
             slot = f"{name}::{key}"
             if not isinstance(value, Tensor):
@@ -124,7 +138,13 @@ class Optimizer:
             elif type(value) not in (Tensor, nn.Parameter) and hasattr(value, "__tensor_flatten__"):
                 inner, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
                 kind = f"{type(value).__module__}.{type(value).__qualname__}"
-                values["wrapped"][slot] = {"type": kind, "context": context, "inner": list(inner), "shape": list(value.shape), "stride": list(value.stride())}
+                values["wrapped"][slot] = {
+                    "type": kind,
+                    "context": _dtypes_named(context),
+                    "inner": list(inner),
+                    "shape": list(value.shape),
+                    "stride": list(value.stride()),
+                }
                 tensors.update({f"{slot}::{part}": getattr(value, part).detach() for part in inner})
             else:
                 tensors[slot] = value.detach()
@@ -133,6 +153,8 @@ class Optimizer:
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         if self._scaler and values["loss_scale"]:
             self._scaler.load_state_dict(values["loss_scale"])
+        for group, changed in zip(self._groups(), values["groups"]):
+            group.update(changed)
         loaded: dict[str, dict[str, Any]] = {}
         rebuilt = {slot: _rebuild(slot, record, tensors) for slot, record in values["wrapped"].items()}
         inner = {f"{slot}::{part}" for slot, record in values["wrapped"].items() for part in record["inner"]}
@@ -142,14 +164,22 @@ class Optimizer:
             loaded.setdefault(name, {})[key] = value
         by_name = dict(self._parameters)
         if unknown := loaded.keys() - by_name.keys():
-            raise UserError(f"the checkpoint holds optimizer states of parameters that are not trained now, such as {min(unknown)}")
+            raise UserError(
+                f"the checkpoint holds optimizer states of parameters that are not trained now, such as {min(unknown)}"
+            )
         for optimizer in self._optimizers:
             fused = bool(optimizer.defaults.get("fused"))
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name = self._name_of[id(parameter)]
                     if name in loaded:
-                        optimizer.state[parameter] = {k: _place(k, v, parameter, fused) for k, v in loaded[name].items()}
+                        optimizer.state[parameter] = {
+                            k: _place(k, v, parameter, fused) for k, v in loaded[name].items()
+                        }
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        for optimizer in self._optimizers:
+            yield from optimizer.param_groups
 
     @property
     def _name_of(self) -> dict[int, str]:
@@ -163,13 +193,46 @@ class Optimizer:
                     yield names[id(parameter)], key, value
 
 
+def _length(gradient: Tensor) -> Tensor:
+    """In float32: bfloat16 would leave two or three digits of the norm."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+def _norm(lengths: list[Tensor]) -> Tensor:
+    """Of all gradients together, from the lengths of each."""
+    return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter group holds besides parameters and the learning rate, as far as json can hold it."""
+    return {
+        key: value
+        for key, value in group.items()
+        if key not in ("params", "lr") and isinstance(value, bool | int | float | str)
+    }
+
+
 def _rebuild(slot: str, record: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
     module, _, name = record["type"].rpartition(".")
     if module.partition(".")[0] != "torchao":  # a checkpoint must not choose what code runs
         raise UserError(f"the checkpoint's optimizer state {slot} is of the unknown type {record['type']}")
     kind = getattr(importlib.import_module(module), name)
     inner = {part: tensors[f"{slot}::{part}"] for part in record["inner"]}
-    return kind.__tensor_unflatten__(inner, record["context"], torch.Size(record["shape"]), tuple(record["stride"]))
+    context = _dtypes_found(record["context"])
+    return kind.__tensor_unflatten__(inner, context, torch.Size(record["shape"]), tuple(record["stride"]))
+
+
+def _dtypes_named(context: Any) -> Any:
+    """The context of a tensor subclass as json can hold it."""
+    if isinstance(context, torch.dtype):
+        return {"dtype": str(context).removeprefix("torch.")}
+    return [_dtypes_named(one) for one in context] if isinstance(context, list | tuple) else context
+
+
+def _dtypes_found(context: Any) -> Any:
+    if isinstance(context, dict):
+        return getattr(torch, context["dtype"])
+    return [_dtypes_found(one) for one in context] if isinstance(context, list) else context
 
 
 def _place(key: str, value: Any, parameter: Tensor, fused: bool) -> Any:
@@ -185,7 +248,11 @@ def _place(key: str, value: Any, parameter: Tensor, fused: bool) -> Any:
 def build_optimizers(parameters: Parameters, config: shared.Optimizer) -> list[torch.optim.Optimizer]:
     """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes."""
     if isinstance(config, shared.AdamW):
-        return [torch.optim.AdamW(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps, fused=config.fused)]
+        return [
+            torch.optim.AdamW(
+                _groups(parameters, config.weight_decay), config.lr, config.betas, config.eps, fused=config.fused
+            )
+        ]
     if isinstance(config, shared.AdamW8bit):
         torchao_optim = require("torchao.optim", "torchao", "`optimizer.type: adamw_8bit`")
         return [torchao_optim.AdamW8bit(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps)]
@@ -248,6 +315,8 @@ def import_dotted(path: str, key: str) -> Any:
         raise UserError(f"`{key}: {path}` can't be imported: {error}") from error
 
 
-def build_optimizer(model: nn.Module, config: shared.TrainSettings, total_steps: int, device: torch.device) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: shared.TrainSettings, total_steps: int, device: torch.device
+) -> Optimizer:
     """The optimizer of a run over the trained parameters of `model`; `total_steps` is what the schedule spans."""
     return Optimizer(model, config, total_steps, device)

@@ -70,7 +70,9 @@ class Progress:
         if self._is_live:
             return now - self._shown_at >= _REDRAW_SECONDS
         interval = _LINE_SECONDS if now - self._started < 600 else 6 * _LINE_SECONDS
-        return now - self._shown_at >= interval or (self.total_steps is not None and self.step - self._shown_step >= _LINE_SHARE * self.total_steps)
+        return now - self._shown_at >= interval or (
+            self.total_steps is not None and self.step - self._shown_step >= _LINE_SHARE * self.total_steps
+        )
 
     def _show(self) -> None:
         self._shown_at, self._shown_step = time.monotonic(), self.step
@@ -137,14 +139,15 @@ def is_live(stream: TextIO) -> bool:
 
 
 def format_seconds(seconds: float) -> str:
-    """12.3 s, 3:07, 1:02:03 or 2 d 3:04:05."""
+    """1.2 s, 59 s, 3:07, 1:02:03 or 2 d 3 h."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
-    clock = f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-    return f"{days} d {clock}" if days else clock
+    if days:
+        return f"{days} d {hour} h"
+    return f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def _can_write(stream: TextIO, text: str) -> bool:

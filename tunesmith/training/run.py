@@ -1,44 +1,53 @@
 """A run: its device, seeds, folder, metrics, progress, checkpoints and how it ends.
 
-    with start_run(config, "sft") as run:
-        …
-        for step in run.steps(checkpoint.resume() + 1, total):
-            run.log(step, train_step(…))
-            run.save_if_due(step)
+with start_run(config, "sft") as run:
+    …
+    run.keep(model, tokenizer, optimizer, data, source)
+    for step in run.steps(data.total_steps):
+        run.log(step, train_step(…))
+        run.save_if_due(step)
+    run.finish()
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import hashlib
 import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from tunesmith.checkpoint import adapter as peft
-from tunesmith.checkpoint.hf import stage_repository
-from tunesmith.checkpoint.resume import Checkpoints, fingerprint_folder, newest_checkpoint
+from tunesmith.checkpoint.hf import check_saved, stage_repository
+from tunesmith.checkpoint.resume import (
+    Checkpoints,
+    check_same_run,
+    fingerprint_folder,
+    newest_checkpoint,
+    read_state,
+)
 from tunesmith.config import dump_config
 from tunesmith.configs.shared import LoRAWeights, TrainSettings
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
-from tunesmith.parallel.device import device_name, peak_memory_gib, pick_device, reset_peak_memory
+from tunesmith.parallel.device import peak_memory_gib, pick_device, reset_peak_memory
 from tunesmith.parallel.mesh import Mesh, start_mesh, stop_mesh
 from tunesmith.training.build import Source
+from tunesmith.training.folder import claim, environment, unclaim
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check
+from tunesmith.training.preflight import check, is_restart
 from tunesmith.training.profile import profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
+from tunesmith.training.signals import end_on_sigterm, stop_on_signal
 from tunesmith.training.step import StepStats
 
 T = TypeVar("T")
@@ -47,32 +56,40 @@ T = TypeVar("T")
 class Run:
     """What a recipe's loop needs around it. Made by `start_run`."""
 
-    def __init__(self, config: TrainSettings, recipe: str, mesh: Mesh, folder: Path):
+    def __init__(self, config: TrainSettings, recipe: str, mesh: Mesh, folder: Path, resume_from: Path | None = None):
         self.config, self.recipe, self.mesh, self.folder = config, recipe, mesh, folder
-        self.device = mesh.device
-        self.resume_from = newest_checkpoint(folder) if config.resume_from_checkpoint else None
+        self.device, self.resume_from = mesh.device, resume_from
         self._resumed_step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else None
         self._signal: int | None = None
+        self._step_taken = False
         self._total = 0
         self._data_seconds = 0.0
         self._step_started = time.perf_counter()
         self._progress = Progress(None, enabled=mesh.is_main)
         self._metrics: Metrics | None = None
         self._checkpoints: Checkpoints | None = None
-        self._check_saved: Callable[[Path], None] | None = None
+        self._data: Any = None
+        self._check_saved: Callable[[Path], float | None] | None = None
 
     # --- the loop ------------------------------------------------------------------------------------
 
     def steps(self, total: int) -> Iterator[int]:
-        """Resume if asked, then count the steps that are left, up to `total`; ends early, after a whole step, on SIGINT or SIGTERM."""
+        """Resume if asked, then count the steps that are left, up to `total`; ends early, after a whole step, on SIGINT, SIGTERM or SIGHUP."""
         assert self._checkpoints is not None, "call keep() first"
         self._total = total
         done = self._checkpoints.restore(self.resume_from) if self.resume_from else 0
+        planned = self._checkpoints.counters.get("total_steps", total)
+        self._checkpoints.counters["total_steps"] = total
+        self._record()
         self._metrics = Metrics(self.folder, self.config, total, self._resumed_step, enabled=self.mesh.is_main)
         self._progress = Progress(total, enabled=self.mesh.is_main, done=done)
         if done:
             self.note(f"resumed after step {done} from {self.resume_from}")
-        with profiler(self.config.profiler, self.folder) as trace, self._signals():
+        if planned != total:
+            self.note(f"the run was planned for {planned} steps and is now for {total}; the learning rate follows")
+        if self.config.compile or self.config.optimizer.type == "adamw_8bit":
+            self.note("the first step compiles, which takes a while")
+        with profiler(self.config.profiler, self.folder) as trace, stop_on_signal(self._ask_to_stop):
             for step in range(done + 1, total + 1):
                 reset_peak_memory(self.device)
                 self._step_started, self._data_seconds = time.perf_counter(), 0.0
@@ -82,6 +99,17 @@ class Run:
                     if self._checkpoints.last_saved != step:  # the signal came after the recipe's own look
                         self._checkpoints.save(step)
                     break
+            self._checkpoints.wait()  # a signal must not end the process while the last one is written
+
+    def _ask_to_stop(self, number: int) -> None:
+        self._signal = number
+        name = "interrupted" if number == signal.SIGINT else "asked to end"
+        self.note(f"{name}: saving after this step (once more ends at once, without saving)")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is something to keep: a step was taken, now or before a resume."""
+        return self._step_taken or self.resume_from is not None
 
     @property
     def stopped(self) -> bool:
@@ -98,6 +126,7 @@ class Run:
     def log(self, step: int, stats: StepStats, **more: float) -> None:
         """Log what a step did, and show it."""
         assert self._metrics is not None and self._checkpoints is not None
+        self._step_taken = True
         counters = self._checkpoints.counters
         counters["num_tokens"] = counters.get("num_tokens", 0) + stats.num_tokens
         counters["skipped_steps"] = counters.get("skipped_steps", 0) + stats.skipped
@@ -109,7 +138,11 @@ class Run:
         values |= {"num_tokens": counters["num_tokens"], "num_trained": stats.num_trained}
         if counters["skipped_steps"]:
             values["skipped_steps"] = counters["skipped_steps"]
-        values |= {"tokens_per_second": stats.num_tokens / seconds, "step_seconds": seconds, "data_seconds": self._data_seconds}
+        values |= {
+            "tokens_per_second": stats.num_tokens / seconds,
+            "step_seconds": seconds,
+            "data_seconds": self._data_seconds,
+        }
         if self.config.log_peak_memory_stats:
             values["peak_memory_gib"] = peak_memory_gib(self.device)
         if step % self.config.log_every_n_steps == 0 or step == self._total:
@@ -142,12 +175,22 @@ class Run:
         """Tell the user something, without disturbing the progress line."""
         self._progress.note(text)
 
+    def _record(self) -> None:
+        """Write down what the run is; not earlier, so that a resume that is refused leaves the folder as it was."""
+        if self.mesh.is_main:
+            (self.folder / "config.yaml").write_text(dump_config(self.config))
+            (self.folder / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
+            self._record_data()
+
+    def _record_data(self) -> None:
+        (self.folder / "data_report.json").write_text(json.dumps(self._data.report.to_dict(), indent=1))
+
     # --- checkpoints ---------------------------------------------------------------------------------
 
     def keep(self, model: CausalLM, tokenizer: Tokenizer, optimizer: Any, data: Any, source: Source) -> None:
         """Name what the run's checkpoints hold."""
         adapter = isinstance(self.config.weights, LoRAWeights)
-        base = str(source.folder.resolve()) if source.folder and Path(source.name).is_dir() else source.name
+        base = str(source.folder.resolve()) if source.folder and Path(source.name).exists() else source.name
 
         def stage() -> Callable[[Path], dict[str, str]]:
             background = self.config.enable_async_checkpointing
@@ -161,26 +204,20 @@ class Run:
             optimizer,
             data,
             fingerprint=self._fingerprint(source, data),
+            device=self.device,
             keep_last=self.config.keep_last_n_checkpoints,
             background=self.config.enable_async_checkpointing,
         )
-        self._check_saved = lambda folder: (peft.check_saved_adapter if adapter else _check_saved_model)(model, folder)
-        if self.mesh.is_main:
-            (self.folder / "data_report.json").write_text(json.dumps(data.report.to_dict(), indent=1))
+        self._check_saved = lambda folder: (peft.check_saved_adapter if adapter else check_saved)(model, folder)
+        self._data = data
 
     def _fingerprint(self, source: Source, data: Any) -> dict[str, Any]:
         """What must not change between a stop and a resume, or the numbers would."""
-        config = self.config
-        print_of = fingerprint_folder(source.folder) if source.folder else json.dumps(source.hf_config, sort_keys=True)
-        weights = json.loads(json.dumps(vars(config.weights) | {"type": config.weights.type}))
-        weights.pop("adapter", None)
+        numbers = hashlib.sha256(json.dumps(source.hf_config, sort_keys=True).encode()).hexdigest()[:16]
         return {
-            "recipe": self.recipe,
-            "model": print_of,
-            "weights": weights,
-            "optimizer": config.optimizer.type,
-            "dtype": config.dtype,
-            "seed": config.seed,
+            **_fixed_settings(self.config, self.recipe),
+            "model": f"{fingerprint_folder(source.folder)}-{numbers}" if source.folder else numbers,
+            "global_batch_size": data.rows_per_step,
             "data": data.fingerprint,
         }
 
@@ -200,43 +237,24 @@ class Run:
         if self._signal is None:
             self._check_saved(folder)
         if self.mesh.is_main:
+            self._record_data()  # of a stream only now it is known
             write_report(self.folder)
-            print(f"{'saved' if self._signal is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}", file=sys.stderr)
+            print(
+                f"{'saved' if self._signal is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
+                file=sys.stderr,
+            )
         if self._signal is not None:
             print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
             raise SystemExit(128 + self._signal)
         return folder
 
     def close(self) -> None:
-        """Let go of files and threads, also after an error; nothing is saved."""
+        """Let go of files and threads, also after an error; only a save that is under way is brought to its end."""
         self._progress.close()
         if self._metrics is not None:
             self._metrics.close()
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """While the loop runs, the first SIGINT or SIGTERM ends it after the step; a second one ends it at once."""
-
-        def ask(number: int, frame: Any) -> None:
-            self._signal = number
-            signal.signal(number, before[number] or signal.SIG_DFL)
-            name = "interrupted" if number == signal.SIGINT else "asked to end"
-            self.note(f"{name}: saving after this step (once more ends at once, without saving)")
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _check_saved_model(model: CausalLM, folder: Path) -> None:
-    from tunesmith.checkpoint.hf import check_saved
-
-    check_saved(model, folder)
+        if self._checkpoints is not None:
+            self._checkpoints.close()
 
 
 @contextlib.contextmanager
@@ -247,40 +265,46 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
     """
     check(config)
     device = pick_device(config.device)
-    if config.seed is None:
-        config.seed = int.from_bytes(os.urandom(4), "little")
     folder = Path(config.output_dir)
-    lock = _claim(folder, config.resume_from_checkpoint)
-    seed_everything(config.seed, config.deterministic)
-    mesh = start_mesh(device, config.data_parallel_replicate_dim)
-    run = Run(config, recipe, mesh, folder)
-    if mesh.is_main:
-        (folder / "config.yaml").write_text(dump_config(config))
-        (folder / "environment.json").write_text(json.dumps(_environment(device), indent=1))
-    try:
-        yield run
-    finally:
-        run.close()
-        stop_mesh()
-        os.close(lock)
+    resumes = config.resume_from_checkpoint or is_restart()
+    run: Run | None = None
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, claim(folder, resumes))
+        try:
+            stack.enter_context(end_on_sigterm())
+            resume_from = newest_checkpoint(folder) if resumes else None
+            _draw_seed(config, resume_from)
+            if resume_from is not None:
+                check_same_run(resume_from, _fixed_settings(config, recipe))
+            seed_everything(config.seed or 0, config.deterministic)
+            stack.callback(stop_mesh)
+            run = Run(config, recipe, start_mesh(device, config.data_parallel_replicate_dim), folder, resume_from)
+            stack.callback(run.close)
+            yield run
+        except BaseException:
+            if not (resumes or (run is not None and run.has_begun)):
+                unclaim(folder)
+            raise
 
 
-def _claim(folder: Path, resume: bool) -> int:
-    """Make the folder and lock it for this process; an open file descriptor holds the lock until the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise UserError(f"output_dir {folder} can't be written ({error.strerror}): choose another") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise UserError(f"another run is writing into {folder}: wait for it, or choose another `output_dir`") from error
-    if not resume and any(path.name != ".lock" for path in folder.iterdir()):
-        os.close(lock)
-        raise UserError(f"output_dir {folder} is not empty: set `resume_from_checkpoint=true` to go on with that run, or choose another")
-    return lock
+def _draw_seed(config: TrainSettings, resume_from: Path | None) -> None:
+    """Fill in the seed where none is given: the one that was drawn before, or a new one."""
+    if config.seed is None:
+        drawn = read_state(resume_from)["fingerprint"]["seed"] if resume_from is not None else None
+        config.seed = int.from_bytes(os.urandom(4), "little") if drawn is None else drawn
+
+
+def _fixed_settings(config: TrainSettings, recipe: str) -> dict[str, Any]:
+    """What a resume may not change, as far as the config alone tells."""
+    weights = json.loads(json.dumps(vars(config.weights) | {"type": config.weights.type}))
+    weights.pop("adapter", None)
+    return {
+        "recipe": recipe,
+        "weights": weights,
+        "optimizer": config.optimizer.type,
+        "dtype": config.dtype,
+        "seed": config.seed,
+    }
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -289,17 +313,5 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    import platform
-
-    import tunesmith
-
-    return {
-        "tunesmith": tunesmith.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device_name(device),
-    }
+    if deterministic or torch.are_deterministic_algorithms_enabled():  # even turning it off imports the compiler
+        torch.use_deterministic_algorithms(deterministic)

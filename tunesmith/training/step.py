@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -44,14 +44,14 @@ class StepStats:
     seconds: float = 0.0
 
 
-def global_counts(batches: Iterable[Batch], mesh: Mesh) -> Counter[str]:
+def global_counts(batches: Iterable[Batch], mesh: Mesh) -> dict[str, int]:
     """How many units of each kind the global batch holds, over all micro-batches and ranks."""
     local: Counter[str] = Counter()
     for batch in batches:
         local.update(batch.counts)
         local["processed"] += batch.num_tokens
     names = sorted(local)
-    return Counter(dict(zip(names, map(int, mesh.sum([local[name] for name in names])))))
+    return dict(zip(names, map(int, mesh.sum([local[name] for name in names]))))
 
 
 def train_step(
@@ -81,8 +81,7 @@ def train_step(
     if not applied and not optimizer.config.skip_nonfinite_steps and not optimizer.may_skip:
         raise UserError(
             f"step {step}: the {'loss' if not math.isfinite(loss_value) else 'gradient norm'} is not finite "
-            f"(loss {loss_value}, gradient norm {grad_norm}); no update was made: lower `optimizer.lr`, set "
-            "`clip_grad_norm`, use `dtype: bf16` or `fp32`, or pass such steps with `skip_nonfinite_steps: true`"
+            f"(loss {loss_value}, gradient norm {grad_norm}); no update was made: {_advice(step)}"
         )
     return StepStats(
         loss=loss_value,
@@ -96,6 +95,15 @@ def train_step(
     )
 
 
+def _advice(step: int) -> str:
+    if step == 1:
+        return "nothing was trained yet, so look whether the weights are whole, or use another `dtype`"
+    return (
+        "lower `optimizer.lr`, set `clip_grad_norm`, use `dtype: bf16` or `fp32`, or pass such steps with "
+        "`skip_nonfinite_steps: true`"
+    )
+
+
 @torch.no_grad()
 def validation_loss(
     model: CausalLM, optimizer: Optimizer, batches: Iterable[list[Batch]], loss_fn: LossFunction, mesh: Mesh
@@ -103,7 +111,7 @@ def validation_loss(
     """The mean loss over all `batches`, each unit weighted the same; the model is left in the mode it was in."""
     was_training = model.training
     model.eval()
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for micro_batches in batches:
         for batch in micro_batches:

@@ -1,0 +1,165 @@
+"""Export end to end: adapters merged, number types and shards changed, mistakes refused; transformers and PEFT agree with the result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from tunesmith.checkpoint.adapter import save_adapter
+from tunesmith.checkpoint.check import probe_ids
+from tunesmith.configs.export import Export
+from tunesmith.errors import UserError
+from tunesmith.nn.lora import adapter_state, apply_lora, reset_adapters
+from tunesmith.recipes import export
+from tunesmith.training.build import load_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.1, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 3])
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text('{"from": "base"}')
+    return folder
+
+
+def make_adapter(base: Path, folder: Path, size: float = 0.1, quantize_base: str | None = None, **options) -> Path:
+    model = load_model(base)
+    apply_lora(model, quantize_base=quantize_base, **options)
+    reset_adapters(model, 0)
+    for tensor in adapter_state(model).values():
+        tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)), alpha=size)
+    save_adapter(model, folder, str(base))
+    return folder
+
+
+def run(model: Path, output: Path, **options) -> None:
+    export.main(Export(model=str(model), output_dir=str(output), device="cpu", **options))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(probe_ids(96)).logits.float()
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("quantize_base", [None, "nf4"])
+def test_adapter_is_merged_into_the_unquantized_base(base, tmp_path, capsys, use_dora, quantize_base):
+    adapter = make_adapter(base, tmp_path / "adapter", use_dora=use_dora, quantize_base=quantize_base)
+    run(adapter, tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    assert_close(logits(merged), logits(expected))
+    assert merged.generation_config.eos_token_id == [2, 3]
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"from": "base"}'
+    assert not list(tmp_path.glob(".*partial"))
+    printed = capsys.readouterr().out
+    assert "merging 14 adapter layers" in printed and "read back, its logits differ" in printed
+
+
+def test_tokenizer_saved_with_the_adapter_is_preferred(base, tmp_path):
+    adapter = make_adapter(base, tmp_path / "adapter")
+    (adapter / "tokenizer_config.json").write_text('{"from": "adapter"}')
+    (adapter / "chat_template.jinja").write_text("template")
+    run(adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"from": "adapter"}'
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "template"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_number_type_and_shards(base, tmp_path, dtype):
+    run(base, tmp_path / "out", dtype=dtype, max_shard_size="20KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert theirs.dtype == wanted
+    assert_close(
+        logits(theirs.float()), logits(AutoModelForCausalLM.from_pretrained(base)), 1e-5 if dtype == "fp32" else 3e-2
+    )
+
+
+def test_bfloat16_base_takes_the_adapter_in_float32(base, tmp_path):
+    run(base, tmp_path / "base16", dtype="bf16")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    run(adapter, tmp_path / "out", base=str(tmp_path / "base16"), dtype="fp32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    name = "model.layers.0.self_attn.q_proj"
+    expected = load_model(tmp_path / "base16", dtype="float32", adapter=adapter)
+    torch.testing.assert_close(
+        merged[f"{name}.weight"], expected.get_submodule(name).merged_weight(), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_adapter_that_changes_nothing(base, tmp_path):
+    adapter = make_adapter(base, tmp_path / "adapter", size=0)
+    with pytest.raises(UserError, match="the adapter changes nothing"):
+        run(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_difference_above_the_tolerance(base, tmp_path):
+    with pytest.raises(UserError, match="gives other logits than the model in memory"):
+        run(base, tmp_path / "out", dtype="bf16", tolerance=1e-6)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial"))
+
+
+def test_full_folders_are_refused_and_empty_ones_taken(base, tmp_path):
+    (tmp_path / "out").mkdir()
+    run(base, tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="output_dir .*out is not empty"):
+        run(base, tmp_path / "out")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_mistakes(base, tmp_path):
+    with pytest.raises(UserError, match="`base` is for adapters"):
+        run(base, tmp_path / "out", base=str(base))
+    adapter = make_adapter(base, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(UserError, match="doesn't name its base: set `base`"):
+        run(adapter, tmp_path / "out")
+    run(adapter, tmp_path / "out", base=str(base))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("5GB", 5e9), ("500MB", 5e8), ("1.5 gb", 1.5e9), ("20KB", 2e4), ("100", 100), ("2GiB", 2 * 2**30)],
+)
+def test_sizes(text, expected):
+    assert export.parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0GB", "five", "-1GB"])
+def test_no_sizes(text):
+    with pytest.raises(UserError, match="max_shard_size"):
+        export.parse_size(text)
+
+
+def test_real_model(assets, tmp_path):
+    adapter = make_adapter(assets / "models" / "stories260K", tmp_path / "adapter", size=0.02, quantize_base="nf4")
+    run(adapter, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ours = load_model(tmp_path / "adapter")
+    ids = probe_ids(512)
+    with torch.no_grad():
+        assert_close(ours.logits(ids), theirs(ids).logits)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        assets / "models" / "stories260K" / "tokenizer.json"
+    ).read_bytes()

@@ -1,0 +1,143 @@
+"""tune run generate: prompts in, texts out."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from tunesmith.configs.generate import Generate, Prompt
+from tunesmith.configs.shared import TokenizerConfig
+from tunesmith.errors import UserError
+from tunesmith.recipes.generate import main
+
+
+def config_of(folder, **options):
+    return Generate(
+        **{"model": str(folder), "device": "cpu", "dtype": "fp32", "max_new_tokens": 8, "temperature": 0.0, **options}
+    )
+
+
+def run(capsys, folder, **options) -> str:
+    main(config_of(folder, **options))
+    captured = capsys.readouterr()
+    assert " tokens/s)" in captured.err
+    return captured.out
+
+
+def test_one_prompt_gives_its_text_alone(capsys, assets):
+    folder = assets / "models" / "stories260K"
+    assert (
+        run(capsys, folder, prompt="Once upon a time, there was", max_new_tokens=5, stream=False).strip()
+        == "a little girl"
+    )
+
+
+def test_several_prompts_are_told_apart_and_written(capsys, tiny_model, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    out = run(
+        capsys,
+        tiny_model,
+        prompt=["the quick", "brown " * 30],
+        num_samples=2,
+        temperature=1.0,
+        chat=False,
+        output_file=str(file),
+    )
+    headings = [line for line in out.splitlines() if line.startswith("── ")]
+    assert headings[0] == "── 1 of 2, sample 1 of 2: the quick"
+    assert headings[3].startswith("── 2 of 2, sample 2 of 2: brown brown") and headings[3].endswith("…")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["the quick"] * 2 + ["brown " * 30] * 2
+    assert all(row["text"] in out for row in rows)
+    again = run(
+        capsys,
+        tiny_model,
+        prompt=["the quick", "brown " * 30],
+        num_samples=2,
+        temperature=1.0,
+        chat=False,
+        batch_size=1,
+        stream=True,
+    )
+    assert again == out
+
+
+def test_chat_prompts_bring_their_system_message(capsys, tiny_model, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    answer = run(capsys, tiny_model, prompt=Prompt("the fox", "be brief"), output_file=str(file))
+    row = json.loads(file.read_text())
+    assert row == {"prompt": "the fox", "system": "be brief", "text": answer.removesuffix("\n")}
+    assert run(capsys, tiny_model, prompt="the fox") == run(capsys, tiny_model, prompt=Prompt("the fox")) != answer
+
+
+def test_standard_input(capsys, tiny_model, monkeypatch):
+    expected = run(capsys, tiny_model, prompt="the quick\nfox")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the quick\nfox\n"))
+    assert run(capsys, tiny_model) == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(UserError, match="there is no prompt"):
+        main(config_of(tiny_model))
+
+
+def test_a_terminal_streams_and_is_not_commanded(tiny_model, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    expected = run(capsys, tiny_model, prompt="the quick", temperature=1.0, max_new_tokens=40, chat=False)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    main(config_of(tiny_model, prompt="the quick", temperature=1.0, max_new_tokens=40, chat=False))
+    monkeypatch.undo()
+    text = terminal.getvalue()
+    assert len(text) == len(expected)
+    assert all(letter >= " " or letter in "\n\t" for letter in text)
+
+
+def test_an_adapter_brings_its_base(capsys, tiny_model, tmp_path):
+    from tunesmith.checkpoint.adapter import save_adapter
+    from tunesmith.nn.lora import apply_lora, reset_adapters
+    from tunesmith.training.build import load_model
+
+    model = load_model(tiny_model)
+    apply_lora(model, rank=4, alpha=64.0, dropout=0.0, target_modules="all-linear")
+    reset_adapters(model, 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    save_adapter(model, tmp_path / "adapter", str(tiny_model))
+    options = {"prompt": "the quick", "chat": False}
+    adapted = run(capsys, tmp_path / "adapter", **options)
+    assert (
+        adapted
+        == run(capsys, tiny_model, adapter=str(tmp_path / "adapter"), **options)
+        != run(capsys, tiny_model, **options)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_quantized_base(capsys, tiny_model, dtype):
+    assert run(capsys, tiny_model, prompt="the quick", quantize_base=True, dtype=dtype)
+
+
+def test_a_template_of_the_users_own(capsys, tiny_model, tmp_path):
+    template = tmp_path / "shout.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}!{% endfor %}")
+    own = run(capsys, tiny_model, prompt="the quick", tokenizer=TokenizerConfig(chat_template=str(template)))
+    assert own == run(capsys, tiny_model, prompt="the quick!", chat=False)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompt": []}, "`prompt` is an empty list"),
+        ({"prompt": "x", "output_file": "/nowhere/texts.jsonl"}, "`output_file`: there is no folder /nowhere"),
+        ({"prompt": "x", "output_file": "/"}, "`output_file`: / is a folder"),
+        ({"prompt": "fox " * 600, "chat": False}, "prompt 0 has .* tokens, but the model's context holds 512"),
+        ({"prompt": "x", "device": "xpu"}, "device=xpu is not here"),
+    ],
+)
+def test_mistakes_are_told(tiny_model, options, message):
+    with pytest.raises(UserError, match=message):
+        main(config_of(tiny_model, **options))

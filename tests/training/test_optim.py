@@ -1,0 +1,105 @@
+"""Every optimizer by name updates, and goes on from its saved state to the bit."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from tunesmith.configs import shared
+from tunesmith.configs.shared import TrainSettings
+from tunesmith.errors import UserError
+from tunesmith.training.optim import build_optimizer
+
+
+class CountsInItsGroup(torch.optim.SGD):
+    """Keeps a number in its parameter group, as Prodigy and schedule-free optimizers do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["momentum"] = 1 - 1 / (1 + group["count"])
+        return super().step(closure)
+
+
+OPTIMIZERS = [
+    shared.AdamW(lr=1e-2, weight_decay=0.1),
+    shared.AdamW(lr=1e-2, fused=False),
+    shared.SGD(lr=1e-2, momentum=0.9),
+    shared.Adafactor(lr=1e-2),
+    shared.Muon(lr=1e-2),
+    shared.AdamW8bit(lr=1e-2),
+    pytest.param(
+        shared.ThirdPartyOptimizer("bitsandbytes.optim.AdamW8bit", lr=1e-2),
+        marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
+    ),
+    shared.ThirdPartyOptimizer(f"{__name__}.CountsInItsGroup", lr=1e-2),
+    shared.ThirdPartyOptimizer("torch.optim.RAdam", lr=1e-2, options={"betas": (0.8, 0.9)}),
+]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+
+
+def run(model, optimizer, steps):
+    for step in steps:
+        optimizer.set_step(step)
+        inputs = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
+        optimizer.backward(model(inputs).square().mean())
+        optimizer.step(finite_loss=True)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: f"{config.type}-{getattr(config, 'fused', '')}")
+@torch.compiler.set_stance("force_eager")  # torchao would compile its step for half a minute
+def test_state_round_trip_continues_to_the_bit(config, in_backward):
+    settings = TrainSettings(dtype="fp32", optimizer=config, optimizer_in_bwd=in_backward, lr_scheduler=shared.Cosine())
+
+    def build(model):
+        return build_optimizer(model, settings, 6, torch.device("cpu"))
+
+    through = network()
+    run(through, build(through), range(1, 7))
+
+    stopped = network()
+    first = build(stopped)
+    run(stopped, first, range(1, 4))
+    tensors, values = first.state()
+    resumed = network()
+    resumed.load_state_dict(stopped.state_dict())
+    second = build(resumed)
+    second.load_state({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(values)))
+    run(resumed, second, range(4, 7))
+
+    assert not torch.equal(through[0].weight, network()[0].weight)
+    for (name, a), b in zip(through.named_parameters(), resumed.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_vectors_are_not_decayed():
+    model = network()
+    optimizer = build_optimizer(
+        model, TrainSettings(dtype="fp32", optimizer=shared.AdamW(weight_decay=0.1)), 1, torch.device("cpu")
+    )
+    decay = {
+        id(p): group["weight_decay"] for o in optimizer._optimizers for group in o.param_groups for p in group["params"]
+    }
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.1,
+        "0.bias": 0,
+        "2.weight": 0.1,
+        "2.bias": 0,
+    }
+
+
+def test_wrong_third_party_optimizers_are_named():
+    for kind, options, text in [
+        ("torch.optim.Nope", {}, "can't be imported"),
+        ("torch.optim.SGD", {"momentun": 1}, "momentun"),
+    ]:
+        settings = TrainSettings(dtype="fp32", optimizer=shared.ThirdPartyOptimizer(kind, options=options))
+        with pytest.raises(UserError, match=text):
+            build_optimizer(network(), settings, 1, torch.device("cpu"))

@@ -1,0 +1,233 @@
+"""What is found before weights are loaded, each as one sentence, all of them at once."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from tunesmith.config import load_config
+from tunesmith.errors import ConfigError
+from tunesmith.training import preflight
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def model(tiny_model) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    shutil.copytree(tiny_model, "model")
+    return Path("model")
+
+
+def findings(*words: str) -> list[str]:
+    defaults = ["model=model", "dataset.source=chats.jsonl"] if words[0] in ("sft", "pretrain") else []
+    try:
+        preflight.check(load_config(words[0], *defaults, *words[1:]))
+    except ConfigError as error:
+        return str(error).split("\n")
+    return []
+
+
+def test_nothing_to_find(model):
+    assert findings("sft") == []
+    assert findings("generate", "model=model") == []
+
+
+def test_everything_at_once(model):
+    words = [
+        "model=absent",
+        "dataset.source=absent.jsonl",
+        "tensor_parallel_dim=2",
+        "optimizer.type=nopackage.Adam",
+        "tokenizer.chat_template=chatlm",
+    ]
+    found = findings("sft", *words)
+    assert len(found) == 5
+    for part in (
+        "there is no folder absent",
+        "there is no file absent.jsonl",
+        "`tensor_parallel_dim`",
+        "nopackage",
+        "no file chatlm",
+    ):
+        assert any(part in line for line in found), part
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def lengthen(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"x")
+
+
+def spoil_header(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[8:12] = b"\xff\xff\xff\xff"
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut, "cut off: "),
+        (lengthen, "too long: "),
+        (spoil_header, "damaged header"),
+        (lambda file: file.write_bytes(b""), "empty"),
+        (
+            lambda file: file.write_bytes(struct.pack("<Q", 1000) + b"{}"),
+            "cut off: 10 bytes, and its header alone needs 1,008",
+        ),
+    ],
+    ids=["cut", "long", "header", "empty", "head only"],
+)
+def test_damaged_weights(model, damage, said):
+    damage(model / "model.safetensors")
+    found = findings("sft")
+    assert (
+        len(found) == 1
+        and found[0].startswith(f"model/model.safetensors: {said}")
+        and found[0].endswith("download it again")
+    )
+
+
+def test_latest_stands_for_the_checkpoint_it_names(model):
+    Path("latest").write_text("model\n")
+    assert findings("generate", "model=latest") == []
+    Path("latest").write_text("gone\n")
+    assert findings("generate", "model=latest") != []
+
+
+def test_git_lfs_pointer(model):
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert findings("sft") == [
+        "model/model.safetensors: a Git LFS pointer, not the weights themselves; run `git lfs pull`"
+    ]
+
+
+def test_missing_shards(model):
+    shutil.move(model / "model.safetensors", model / "model-00001-of-00003.safetensors")
+    names = {f"w{i}": f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    said = "model: 2 of 3 weight files are missing (model-00002-of-00003.safetensors, model-00003-of-00003.safetensors); download the model again"
+    assert findings("sft") == [said]
+    (model / "model.safetensors.index.json").write_text("{")
+    assert findings("sft") == [
+        "model/model.safetensors.index.json: damaged (no weight_map can be read); download it again"
+    ]
+
+
+def test_folders_that_are_no_model(model):
+    Path("empty").mkdir()
+    assert findings("sft", "model=empty") == ["empty: no config.json, so this is no model folder"]
+    assert "is a file" in findings("sft", "model=chats.jsonl")[0]
+    Path("empty/original").mkdir()
+    Path("empty/original/params.json").touch()
+    assert findings("sft", "model=empty") == [
+        "empty: no config.json; Meta's weights are in empty/original: name that folder"
+    ]
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert findings("sft") == [], "of PyTorch's own files the tensors are read, and nothing else"
+    (model / "pytorch_model.bin").rename(model / "model-00001-of-00002.safetensors")
+    assert "neither model.safetensors nor model.safetensors.index.json" in findings("sft")[0]
+    (model / "model-00001-of-00002.safetensors").unlink()
+    assert findings("sft") == ["model: no *.safetensors: no weights"]
+    assert findings("pretrain") == [], "from scratch needs no weights"
+
+
+def test_unknown_architecture(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["FancyForCausalLM"]}))
+    found = findings("sft")
+    assert (
+        len(found) == 1
+        and "FancyForCausalLM" in found[0]
+        and "LlamaForCausalLM" in found[0]
+        and "config.json" in found[0]
+    )
+    (model / "config.json").write_text("{")
+    assert "config.json: not valid JSON" in findings("sft")[0]
+
+
+def test_names_of_models(monkeypatch):
+    assert (
+        "is a named size, for training from scratch; its trained weights are meta-llama/Llama-3.2-1B-Instruct"
+        in findings("sft", "model=llama3_2/1B")[0]
+    )
+    assert findings("pretrain", "model=llama3_2/1B") == []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", "cache")
+    assert "HF_HUB_OFFLINE is set" in findings("sft", "model=some/model")[0]
+    snapshot = Path("cache/hub/models--some--model/snapshots/abc")
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    assert findings("sft", "model=some/model") == []
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert preflight.check(load_config("sft", "model=other/model", "dataset.source=chats.jsonl")) == [
+        "other/model is taken for a Hub id, which is looked up when the run starts"
+    ]
+
+
+def test_adapters(model):
+    Path("adapter").mkdir()
+    assert "holds no adapter_config.json" in findings("sft", "weights.type=lora", "weights.adapter=adapter")[0]
+    Path("adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "absent"}))
+    assert findings("sft", "weights.type=lora", "weights.adapter=adapter") == [
+        "adapter: no adapter_model.safetensors, so this adapter has no weights"
+    ]
+    shutil.copy(model / "model.safetensors", "adapter/adapter_model.safetensors")
+    assert findings("sft", "weights.type=lora", "weights.adapter=adapter") == []
+    assert "is a PEFT adapter; name its base" in findings("sft", "model=adapter")[0]
+    assert "there is no folder absent" in findings("generate", "model=adapter")[0]
+    assert findings("export", "model=adapter", "base=model", "output_dir=out") == []
+    Path("adapter/adapter_config.json").write_text("{}")
+    assert "names no base model" in findings("export", "model=adapter", "output_dir=out")[0]
+
+
+def test_data(model):
+    assert "did you mean `alpaca`?" in findings("sft", "dataset.source=alpca")[0]
+    assert "no file matches" in findings("sft", "dataset.source=none*.jsonl")[0]
+    assert findings("sft", "dataset.source=cha*.jsonl") == []
+    assert "`dataset_val.source`: there is no file val.csv" in findings("sft", "dataset_val.source=val.csv")[0]
+    assert "`dataset` is an empty list" in findings("sft", "dataset=[]")[0]
+    assert "no module nopackage" in findings("sft", "dataset.reader=nopackage.read")[0]
+
+
+def test_several_processes_are_refused_before_they_meet_in_the_run_folder(model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert findings("sft") == ["2 processes were started, but training on several devices is not there yet: start one"]
+
+
+def test_output_folder(model, monkeypatch):
+    Path("run").mkdir()
+    assert findings("sft") == []
+    Path("run/.lock").touch()  # left by a run that was killed before it wrote anything
+    assert findings("sft") == []
+    Path("run/old").touch()
+    assert findings("sft") == [
+        "`output_dir`: run is not empty; choose another, or set `resume_from_checkpoint=true` to go on from its newest checkpoint"
+    ]
+    assert findings("sft", "resume_from_checkpoint=true") == []
+    assert findings("export", "model=model", "output_dir=run") == ["`output_dir`: run is not empty; choose another"]
+    assert findings("sft", "output_dir=chats.jsonl") == ["`output_dir`: chats.jsonl is a file"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert findings("sft") == [], "a restart resumes by itself"
+
+
+@pytest.mark.parametrize(
+    ("word", "package"), [("metric_logger.type=wandb", "wandb"), ("optimizer.type=adamw_8bit", "torchao")]
+)
+def test_packages(model, monkeypatch, word, package):
+    real = preflight.importlib.util.find_spec
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    found = findings("sft", word)
+    assert (
+        len(found) == 1 and f"needs the package {package}, which is not installed: pip install 'tunesmith[" in found[0]
+    )

@@ -1,0 +1,311 @@
+"""PEFT adapters: read, put on a model, write, check."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.checkpoint.check import TOLERANCES, check_logits, probe_logits
+from tunesmith.checkpoint.hf import SavesFiles, explain_full_disk, save_tokenizer
+from tunesmith.checkpoint.tensor_files import StoredTensor, read_tensor_file, write_tensors, write_text
+from tunesmith.errors import UserError
+from tunesmith.models.decoder import CausalLM
+from tunesmith.nn.lora import adaptable_layers, adapter_layers, adapter_state, adapters_off, apply_lora
+
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "lm_head.base_layer.weight", "embed_tokens.base_layer.weight")
+
+# Keys of adapter_config.json that change what an adapter computes, and that we don't: {key: the values that mean "not used"}.
+_NOT_UNDERSTOOD: dict[str, tuple[Any, ...]] = {
+    "modules_to_save": (None, []),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None, {}),
+    "velora_config": (None, {}),
+    "monteclora_config": (None, {}),
+    "kasa_config": (None, {}),
+    "megatron_config": (None, {}),
+}
+# Ways to initialise that also change the base's weights, and are not undone when such an adapter is saved as it is.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The content of adapter_config.json in `folder`. Raises UserError where it is missing, broken, or asks for what we don't compute."""
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no adapter: it has no {CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read: save or download the adapter again") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"{path} describes an adapter of type {kind}; only LORA (with DoRA and rsLoRA) is understood")
+    for key, unused in _NOT_UNDERSTOOD.items():
+        if config.get(key) not in unused:
+            raise UserError(
+                f"{path} sets {key} to {config[key]!r}, which is not supported: train or export the adapter without it"
+            )
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(_CHANGES_BASE):
+        raise UserError(
+            f"{path} sets init_lora_weights to {initial!r}, which changes the base's weights too: convert the adapter to plain LoRA when saving it in PEFT"
+        )
+    return config
+
+
+def lora_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `apply_lora` (but dropout and quantize_base) that an adapter_config.json stands for."""
+    return {
+        "rank": config.get("r", 8),
+        "alpha": float(config.get("lora_alpha", 8)),
+        "target_modules": config.get("target_modules") or [],
+        "use_dora": bool(config.get("use_dora")),
+        "use_rslora": bool(config.get("use_rslora")),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+    }
+
+
+def apply_adapter(
+    model: CausalLM,
+    folder: str | Path,
+    dropout: float = 0.0,
+    quantize_base: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put the layers of the adapter in `folder` on `model`, without values: those are read by `load_adapter`.
+
+    Which layers they are is taken from the file of tensors, so that every way to choose them in PEFT is honoured. Raises UserError,
+    naming the first that doesn't fit, for an adapter that was made for another model.
+    """
+    config = read_adapter_config(folder)
+    stored = _read_tensors(Path(folder))
+    names = list(dict.fromkeys(_module_of(name) for name in stored if _leaf_of(name)))
+    layers = adaptable_layers(model)
+    for name in names:
+        if name not in layers:
+            raise UserError(
+                _another_base(folder, config, f"it has weights for {name}, and the model no such linear layer")
+            )
+    options: dict[str, Any] = lora_options(config)
+    options["target_modules"] = names
+    apply_lora(model, dropout=dropout, quantize_base=quantize_base, dtype=dtype, **options)
+
+
+@torch.no_grad()
+def load_adapter(model: CausalLM, folder: str | Path) -> None:
+    """Read the adapter in `folder` into the adapter layers of `model`, which must be the ones it has.
+
+    Raises UserError for a file that is missing or broken, and, naming the first that doesn't fit, for tensors that lack, are left over or have
+    another shape: the adapter of another model, or of another shape than the layers on this one.
+    """
+    config, stored = read_adapter_config(folder), _read_tensors(Path(folder))
+    wanted = {peft_name(name): parameter for name, parameter in adapter_state(model).items()}
+    for name, tensor in stored.items():
+        if name in wanted:
+            if tensor.shape != wanted[name].shape:
+                shapes = f"its {name} has the shape {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}"
+                raise UserError(_another_base(folder, config, shapes))
+        elif name.endswith(_EMBEDDINGS):
+            _check_embedding(model, name, tensor)
+        else:
+            raise UserError(_another_base(folder, config, f"it has {name}, and the model no adapter there"))
+    lacking = [name for name in wanted if name not in stored]
+    if lacking:
+        raise UserError(_another_base(folder, config, f"the model has an adapter at {lacking[0]}, and it none"))
+    for name, parameter in wanted.items():
+        stored[name].read_into(parameter)
+
+
+def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    for file in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / file).is_file():
+            return {_plain_name(name): tensor for name, tensor in read_tensor_file(folder / file).items()}
+    raise UserError(
+        f"{folder} holds no adapter_model.safetensors: the adapter is not complete; save or download it again"
+    )
+
+
+def _plain_name(name: str) -> str:
+    """Older versions of PEFT ended the name of a magnitude otherwise."""
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
+
+
+def _leaf_of(name: str) -> str | None:
+    """Which of our parameters a name in an adapter file stands for; None for an embedding."""
+    return next((leaf for leaf, suffix in _SUFFIXES.items() if name.endswith("." + suffix)), None)
+
+
+def _module_of(name: str) -> str:
+    leaf = _leaf_of(name)
+    assert leaf is not None
+    return name.removeprefix(_PREFIX).removesuffix("." + _SUFFIXES[leaf])
+
+
+def peft_name(name: str) -> str:
+    """model.layers.0.….q_proj.lora_A -> base_model.model.model.layers.0.….q_proj.lora_A.weight"""
+    module, _, leaf = name.rpartition(".")
+    return f"{_PREFIX}{module}.{_SUFFIXES[leaf]}"
+
+
+def _another_base(folder: str | Path, config: dict[str, Any], what: str) -> str:
+    base = config.get("base_model_name_or_path")
+    return f"the adapter in {folder} doesn't fit this model: {what}" + (
+        f"; it was made for {base}" if base else "; give the base it was made for"
+    )
+
+
+def _check_embedding(model: CausalLM, name: str, tensor: StoredTensor) -> None:
+    """PEFT puts the embedding beside adapters on the output layer: harmless where it is the model's own."""
+    ours = model.model.embed_tokens.weight if "embed_tokens" in name else model.lm_head.matrix
+    if tensor.shape != ours.shape or not torch.equal(tensor.tensor().to(ours), ours):
+        raise UserError(
+            f"{tensor.path} brings {name}, an embedding other than the model's: adapters with trained or resized embeddings are not supported; merge it into its base in PEFT and use the result as a model"
+        )
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def adapter_config(model: CausalLM, base_name: str | None) -> dict[str, Any]:
+    """The adapter_config.json from which PEFT makes the adapter of `model`."""
+    settings = {name: layer.lora for name, layer in adapter_layers(model).items()}
+    if not settings:
+        raise ValueError("the model has no adapter")
+    rank, alpha = (
+        Counter(getattr(lora, key) for lora in settings.values()).most_common(1)[0][0] for key in ("rank", "alpha")
+    )
+    first = next(iter(settings.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": first.dropout,
+        "target_modules": _shortest_targets(model, list(settings)),
+        "rank_pattern": {_exactly(name): lora.rank for name, lora in settings.items() if lora.rank != rank},
+        "alpha_pattern": {_exactly(name): _whole(lora.alpha) for name, lora in settings.items() if lora.alpha != alpha},
+        "use_dora": first.use_dora,
+        "use_rslora": first.use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number
+
+
+def _exactly(name: str) -> str:
+    """A pattern for one layer: PEFT takes keys as regular expressions that may match from any dot on."""
+    return "^" + name.replace(".", r"\.")
+
+
+def _shortest_targets(model: CausalLM, names: list[str]) -> list[str]:
+    """Last names where they mean exactly these layers (what other programs expect), else full names."""
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    meant = {name for name in adaptable_layers(model) if name.rpartition(".")[2] in leaves}
+    return leaves if meant == set(names) else names
+
+
+def stage_adapter(
+    model: CausalLM,
+    base_name: str | None,
+    tokenizer: SavesFiles | None = None,
+    copy: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Callable[[Path], dict[str, str]]:
+    """Take the adapter as it is now; return the function that writes it into a folder for PEFT and returns {file: sha256}.
+
+    copy: keep copies, so that training may go on while they are written. dtype: of the files; default: the adapter's. The writer lets OSError pass.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in adapter_state(model).items():
+        converted = tensor.to(dtype or tensor.dtype)
+        tensors[peft_name(name)] = converted.to("cpu", copy=True) if copy else converted
+    config = adapter_config(model, base_name)
+
+    def write(folder: Path) -> dict[str, str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        digests = write_tensors(tensors, folder, "adapter_model", math.inf)
+        digests[CONFIG] = write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return digests | save_tokenizer(tokenizer, folder)
+
+    return write
+
+
+def save_adapter(
+    model: CausalLM, folder: str | Path, base_name: str | None, tokenizer: SavesFiles | None = None
+) -> dict[str, str]:
+    """Write the adapter of `model` into `folder` for PEFT; return {file: sha256}. Raises UserError for a full disk.
+
+    base_name: folder or Hub id of the base model, for those who load the adapter.
+    """
+    with explain_full_disk(Path(folder)):
+        return stage_adapter(model, base_name, tokenizer)(Path(folder))
+
+
+# --- checking ----------------------------------------------------------------------------------------
+
+
+def check_changes_something(model: CausalLM, logits: Tensor | None = None) -> None:
+    """Raise UserError where the adapter of `model` doesn't change its logits at all."""
+    layers = adapter_layers(model).values()
+    unchanged = all(layer.changes_nothing() for layer in layers)
+    if not unchanged:
+        logits = probe_logits(model) if logits is None else logits
+        with adapters_off(model):
+            unchanged = torch.equal(logits, probe_logits(model))
+    if unchanged:
+        raise UserError(
+            "the adapter changes nothing, the logits are those of its base: it was not trained, or with a learning rate too small for its number type"
+        )
+
+
+@torch.no_grad()
+def check_saved_adapter(model: CausalLM, folder: str | Path, tolerance: float | None = None) -> float:
+    """Read the adapter in `folder` back, put it in place of the one in memory for a moment, and compare the logits.
+
+    Returns the largest difference relative to the largest logit. Raises UserError where it is above `tolerance` (default by number type),
+    and for an adapter that changes nothing.
+    """
+    ours = probe_logits(model)
+    check_changes_something(model, ours)
+    before = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
+    try:
+        load_adapter(model, folder)
+        theirs = probe_logits(model)
+    finally:
+        for name, tensor in adapter_state(model).items():
+            tensor.copy_(before[name])
+    if tolerance is None:
+        tolerance = TOLERANCES[model.model.norm.weight.dtype]
+    return check_logits(ours, theirs, tolerance, str(folder))

@@ -1,0 +1,130 @@
+"""What was saved, read back: checksums, and logits compared with the model in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.checkpoint.load import load_weights, read_model_config, stated_dtype
+from tunesmith.checkpoint.tensor_files import sha256_of
+from tunesmith.errors import UserError
+from tunesmith.models.decoder import CausalLM, build
+from tunesmith.nn.head import Head
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference of logits read back, relative to the largest logit; rounding alone stays below it."""
+
+
+def verify(folder: str | Path, digests: Mapping[str, str]) -> None:
+    """Read the named files again and compare their sha256. Raises UserError for one that is missing or differs."""
+
+    def check(item: tuple[str, str]) -> None:
+        path = Path(folder) / item[0]
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {folder} is not complete; use another checkpoint, or save it again")
+        if sha256_of(path) != item[1]:
+            raise UserError(
+                f"{path} is not what was written (its checksum differs): use another checkpoint, or save it again on a sound disk"
+            )
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(check, digests.items()):
+            pass
+
+
+def probe_ids(vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The fixed token ids (1, 24) on which models are compared."""
+    return (torch.arange(24, device=device)[None] * 7919 + 1) % vocab_size
+
+
+@torch.no_grad()
+def probe_logits(model: CausalLM, device: torch.device | None = None) -> Tensor:
+    """Logits (1, 24, V), float32 on the CPU, of `model` without dropout on the fixed ids."""
+    was_training = model.training
+    model.eval()
+    try:
+        ids = probe_ids(model.config.vocab_size, device or model.model.embed_tokens.weight.device)
+        return model.logits(ids).float().cpu()
+    finally:
+        model.train(was_training)
+
+
+def logits_from_files(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Tensor:
+    """Logits (1, 24, V) of the repository in `folder` on the fixed ids: config.json and weights are read from the files alone.
+
+    The weights stay in the mapped files (in `dtype`: default, that of config.json); on an accelerator only the layer at work is held.
+    """
+    hf_config, family, config = read_model_config(folder)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or stated_dtype(hf_config))
+    try:
+        with torch.device("meta"):
+            model = build(hf_config, family, config)
+    finally:
+        torch.set_default_dtype(before)
+    load_weights(model, folder, family)
+    device = torch.device(device)
+    model.init_buffers(device)
+    if device.type != "cpu":
+        _visit(model, device)
+    return probe_logits(model, device)
+
+
+def _visit(model: CausalLM, device: torch.device) -> None:
+    """Let each module's parameters be on `device` only while it computes."""
+
+    def come(module: nn.Module, _inputs: Any) -> None:
+        owner = _owner(module)
+        module.__dict__["_at_home"] = home = dict(owner._parameters)
+        for leaf, parameter in home.items():
+            if parameter is not None:
+                owner._parameters[leaf] = nn.Parameter(parameter.to(device), requires_grad=False)
+
+    def go(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        _owner(module)._parameters.update(module.__dict__.pop("_at_home"))
+
+    for module in model.modules():
+        if _owner(module)._parameters:
+            module.register_forward_pre_hook(come)
+            module.register_forward_hook(go)
+    head = model.lm_head
+    # A head is asked for logits by name, which calls no hooks.
+    compute = head.logits
+    head.logits = lambda hidden: (come(head, ()), compute(hidden), go(head, (), None))[1]  # type: ignore[method-assign]
+
+
+def _owner(module: nn.Module) -> nn.Module:
+    """The module that holds the parameters `module` computes with: for a tied head, the embedding."""
+    return module.tied_to if isinstance(module, Head) and module.tied_to is not None else module
+
+
+def check_logits(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> float:
+    """Largest difference of two (…, V) logits, relative to the largest of `ours`. Raises UserError above `tolerance`, or where one is not finite."""
+    difference = ((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-30)).item()
+    if not difference <= tolerance:
+        raise UserError(
+            f"{what} gives other logits than the model in memory: they differ by {difference:.2e} of the largest, more than {tolerance:.0e}; "
+            "don't use these files, save again, and if that doesn't help report it"
+        )
+    return difference
+
+
+def check_saved(model: CausalLM, folder: str | Path, tolerance: float | None = None) -> float:
+    """Read the repository in `folder` back and compare its logits with those of `model`; return the largest relative difference.
+
+    tolerance: default by the number types, see TOLERANCES. No second copy of the model is held. Raises UserError for a difference above it.
+    """
+    device = model.model.embed_tokens.weight.device
+    theirs = logits_from_files(folder, device)
+    if tolerance is None:
+        types = (stated_dtype(read_model_config(folder)[0]), model.model.embed_tokens.weight.dtype)
+        tolerance = max(TOLERANCES.get(dtype, 1e-4) for dtype in types)
+    return check_logits(probe_logits(model), theirs, tolerance, str(folder))

@@ -1,0 +1,221 @@
+"""Hugging Face model repositories out: weights streamed into files, with config and tokenizer. (Reading them: load; checking: check.)"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tunesmith.checkpoint.check import TOLERANCES, check_saved, verify
+from tunesmith.checkpoint.load import load_weights, read_model_config, stated_dtype
+from tunesmith.checkpoint.tensor_files import Outgoing, sha256_of, write_tensors, write_text
+from tunesmith.errors import UserError
+from tunesmith.models.decoder import CausalLM
+from tunesmith.models.weights import file_name
+from tunesmith.nn.lora import ADAPTER_PARAMETERS, LoRAHead, LoRALayer, check_mergeable
+from tunesmith.nn.quantize import NF4Linear
+
+__all__ = [
+    "SavesFiles",
+    "check_saved",
+    "copy_files",
+    "explain_full_disk",
+    "load_weights",
+    "outgoing_weights",
+    "read_model_config",
+    "save_model",
+    "save_tokenizer",
+    "save_weights",
+    "saved_config",
+    "stage_repository",
+    "stated_dtype",
+    "verify",
+    "write_repository",
+    "write_tensors",
+]
+
+MAX_SHARD_SIZE = 5e9
+"""Bytes; as transformers."""
+
+
+class SavesFiles(Protocol):
+    """A tokenizer, as far as a repository needs it."""
+
+    def save(self, folder: Path) -> list[Path]: ...
+
+
+def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str, Outgoing]:
+    """{name in a file: tensor to write} of the whole model, floating-point values in `dtype` (default: their own).
+
+    Adapters are folded into their layers as they are written; the model stays as it is. A tied head is not written. Raises UserError for
+    NF4 weights: what was rounded to 4 bits is not the model any more.
+    """
+    found: dict[str, Outgoing] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            check_mergeable(prefix, module)
+        elif isinstance(module, NF4Linear):
+            raise UserError(
+                f"{prefix} is held in NF4: a quantized model is not saved as a repository; load it without quantize_base and save that"
+            )
+        merged = module if isinstance(module, LoRALayer) else None
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if leaf not in ADAPTER_PARAMETERS:
+                _add_outgoing(found, f"{prefix}.{leaf}", parameter, dtype, merged if leaf == "weight" else None)
+        if isinstance(module, LoRAHead) and module.tied_to is not None:
+            _add_outgoing(found, f"{prefix}.weight", module.matrix, dtype, module)
+    operators = getattr(model, "weights", ())
+    return {file_name(operators, name): one for name, one in found.items()}
+
+
+def _add_outgoing(
+    found: dict[str, Outgoing], name: str, parameter: Tensor, dtype: torch.dtype | None, merged: LoRALayer | None
+) -> None:
+    wanted = (dtype or parameter.dtype) if parameter.dtype.is_floating_point else parameter.dtype
+    found[name] = Outgoing(parameter.shape, wanted, merged.merged_weight if merged else lambda: parameter.detach())
+
+
+def saved_config(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The config.json of `model` as it is saved: number type, architecture and tie as they are in the files."""
+    config = dict(model.hf_config)
+    written = dtype or model.model.embed_tokens.weight.dtype
+    key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
+    config[key] = str(written).removeprefix("torch.")
+    if "dtype" in config:
+        config["dtype"] = config[key]
+    if not set(config.get("architectures") or ()) & set(model.family.architectures):
+        config["architectures"] = [model.family.architectures[0]]
+    config.pop("quantization_config", None)
+    if (
+        isinstance(model.lm_head, LoRAHead)
+        and model.lm_head.tied_to is not None
+        or "lm_head.weight" in dict(model.named_parameters())
+    ):
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def save_weights(
+    model: CausalLM, folder: str | Path, dtype: torch.dtype | None = None, max_shard_size: float = MAX_SHARD_SIZE
+) -> dict[str, str]:
+    """Write the weights alone, see `outgoing_weights`; return {file: sha256}. Raises UserError for a full disk."""
+    folder = Path(folder)
+    with explain_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_tensors(outgoing_weights(model, dtype), folder, "model", max_shard_size)
+
+
+def stage_repository(
+    model: CausalLM,
+    tokenizer: SavesFiles | None = None,
+    source: str | Path | None = None,
+    copy: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: float = MAX_SHARD_SIZE,
+) -> Callable[[Path], dict[str, str]]:
+    """Take the model as it is now; return the function that writes it into a folder as a repository and returns {file: sha256}.
+
+    copy: keep copies on the CPU, so that training may go on while they are written. source: the folder whose generation_config.json goes along.
+    The writer lets OSError pass.
+    """
+    weights: Mapping[str, Tensor | Outgoing] = outgoing_weights(model, dtype)
+    config = saved_config(model, dtype)
+    if copy:
+        weights = {
+            name: one.make().to("cpu", one.dtype, copy=True) for name, one in outgoing_weights(model, dtype).items()
+        }
+
+    def write(folder: Path) -> dict[str, str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        digests = write_tensors(weights, folder, "model", max_shard_size)
+        digests["config.json"] = write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return digests | copy_files(source, folder, ("generation_config.json",)) | save_tokenizer(tokenizer, folder)
+
+    return write
+
+
+def copy_files(source: str | Path | None, folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Copy those of the named files that `source` has; return {file: sha256}."""
+    present = [name for name in names if source is not None and (Path(source) / name).is_file()]
+    for name in present:
+        if (Path(source or "") / name).resolve() != (folder / name).resolve():
+            shutil.copyfile(Path(source or "") / name, folder / name)
+            _force_to_disk(folder / name)
+    return {name: sha256_of(folder / name) for name in present}
+
+
+def save_tokenizer(tokenizer: SavesFiles | None, folder: Path) -> dict[str, str]:
+    """Let the tokenizer write its files; return {file: sha256}."""
+    if tokenizer is None:
+        return {}
+    paths = [Path(path) for path in tokenizer.save(folder)]
+    for path in paths:
+        _force_to_disk(path)
+    return {path.name: sha256_of(path) for path in paths}
+
+
+def _force_to_disk(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_repository(
+    model: CausalLM,
+    folder: str | Path,
+    tokenizer: SavesFiles | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: float = MAX_SHARD_SIZE,
+    source: str | Path | None = None,
+) -> dict[str, str]:
+    """Write `model` as a repository that transformers loads; return {file: sha256}. Raises UserError for a full disk."""
+    folder = Path(folder)
+    with explain_full_disk(folder):
+        return stage_repository(model, tokenizer, source, dtype=dtype, max_shard_size=max_shard_size)(folder)
+
+
+def save_model(
+    model: CausalLM,
+    folder: str | Path,
+    tokenizer: SavesFiles | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: float = MAX_SHARD_SIZE,
+) -> None:
+    """Save a model as a repository that transformers loads: config.json, safetensors, and the tokenizer's files if one is given.
+
+    Adapters are folded into the weights that are written; the model itself stays as it is.
+
+    Args:
+        dtype: number type of the files, such as "bfloat16"; default: the model's.
+        max_shard_size: largest file in bytes.
+
+    Raises UserError where the folder can't be written or the model is quantized.
+    """
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and wanted not in TOLERANCES:
+        raise UserError(f"a model can't be saved as {dtype}: choose bfloat16, float16 or float32")
+    folder = Path(folder)
+    digests = write_repository(model, folder, tokenizer, wanted, max_shard_size, getattr(model, "source", None))
+    for stale in folder.glob("model*.safetensors*"):  # of an earlier save with other shards
+        if stale.name not in digests:
+            stale.unlink()
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn an OSError while writing into a sentence for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"No space left for {folder}: free some and save again; nothing saved before is lost"
+            ) from error
+        raise UserError(f"{folder} can't be written ({error.strerror or error}): choose another folder") from error

@@ -1,0 +1,197 @@
+"""Model folders in: which config, which files, and their tensors streamed into a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.checkpoint import meta
+from tunesmith.checkpoint.tensor_files import StoredTensor, read_index, read_tensor_file
+from tunesmith.errors import UserError
+from tunesmith.models import families
+from tunesmith.models.decoder import CausalLM
+from tunesmith.models.family import DecoderConfig, Family
+from tunesmith.models.weights import model_name
+from tunesmith.nn.head import Head
+from tunesmith.nn.lora import ADAPTER_PARAMETERS
+from tunesmith.nn.quantize import NF4Linear
+
+
+def read_model_config(folder: str | Path) -> tuple[dict[str, Any], Family, DecoderConfig]:
+    """Content of config.json, family and shape of the model in `folder`, in Hugging Face's layout or Meta's.
+
+    Where config.json doesn't say the number type, that of the files is filled in. Raises UserError as `models.families.model_config`.
+    """
+    folder = Path(folder)
+    if meta.is_meta_folder(folder):
+        hf_config = meta.read_config(folder)
+        family = families.find_family(hf_config, str(folder / "params.json"))
+        return hf_config, family, family.read_config(hf_config)
+    hf_config, family, config = families.model_config(folder)
+    if not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
+        types = [tensor.dtype for tensor in find_weights(folder).values() if tensor.dtype.is_floating_point]
+        hf_config = {**hf_config, "torch_dtype": str(max(types, key=types.count)).removeprefix("torch.")}
+    return hf_config, family, config
+
+
+def stated_dtype(hf_config: Mapping[str, Any]) -> torch.dtype:
+    """The number type that a config.json names; float32 where it names none."""
+    name = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(
+            f"config.json names the number type {name}, which there is not: write bfloat16, float16 or float32"
+        )
+    return dtype
+
+
+def find_weights(folder: Path) -> dict[str, StoredTensor]:
+    """{name in the files: tensor, not read yet} of a model folder: safetensors (one file or shards with an index), PyTorch's
+    .bin without safetensors, or Meta's consolidated.*.pth. Raises UserError for a missing or broken file, named.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder")
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).is_file():
+            return read_tensor_file(folder / stem)
+        if (folder / f"{stem}.index.json").is_file():
+            return read_index(folder / f"{stem}.index.json")
+    if meta.is_meta_folder(folder):
+        return meta.read_weights(folder)
+    raise UserError(
+        f"{folder} holds no weights: it needs model.safetensors, or model.safetensors.index.json and the files it names"
+    )
+
+
+@dataclass
+class _Target:
+    """Where in the model a tensor belongs."""
+
+    module: nn.Module
+    leaf: str
+    shape: torch.Size
+    takes_itself: bool
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.get_parameter(self.leaf)
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether rows stand for tokens."""
+        return isinstance(self.module, (nn.Embedding, Head))
+
+
+def _targets(model: nn.Module) -> dict[str, _Target]:
+    """Name -> place of everything that a checkpoint of the (base) model holds."""
+    found = {}
+    for prefix, module in model.named_modules():
+        own = module.weight_shapes() if isinstance(module, NF4Linear) else {}
+        for leaf, shape in own.items():
+            found[f"{prefix}.{leaf}"] = _Target(module, leaf, shape, True)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if leaf not in ADAPTER_PARAMETERS and not (own and leaf == "weight_nf4"):
+                found[f"{prefix}.{leaf}"] = _Target(module, leaf, parameter.shape, False)
+    return found
+
+
+def load_weights(
+    model: CausalLM,
+    folder: str | Path,
+    family: Family | None = None,
+    new_rows_from: int | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Read the weights in `folder` into `model`, tensor by tensor; adapters are left as they are.
+
+    Parameters that have memory get a copy, in their own number type and on their own device. Parameters on meta are made on `device`; on the
+    CPU, where number type and address permit, without reading: their memory is the mapped file, private pages being made where it is changed.
+    NF4 layers quantize what arrives.
+
+    new_rows_from: the rows that embedding and head have in the files, where the model has more: rows beyond start at the mean of the old ones.
+
+    Raises UserError, naming file and tensor, for files that are missing or broken, shapes that differ, and tensors that lack or are left over.
+    """
+    folder = Path(folder)
+    targets, stored = _targets(model), {}
+    operators = getattr(model, "weights", family.weights if family else ())
+    unexpected = []
+    for name, tensor in find_weights(folder).items():
+        wanted = model_name(operators, name)
+        if wanted in targets:
+            stored[wanted] = tensor
+        elif wanted is not None and not wanted.endswith(".rotary_emb.inv_freq"):
+            unexpected.append(name)
+    _check_names(folder, sorted(targets.keys() - stored.keys()), unexpected)
+    for name, target in targets.items():
+        _check_shape(name, target, stored[name], new_rows_from)
+
+    place = torch.device(device)
+    busy = []
+    for name, target in targets.items():
+        if _is_mapped(target, stored[name], place):
+            _replace(target, stored[name].tensor())
+        else:
+            busy.append(name)
+    busy.sort(key=lambda name: -targets[name].shape.numel())  # large ones first, so that all threads end together
+    # A few threads hide the disk, and the making of fresh memory, behind the copying.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda name: _load_one(targets[name], stored[name], place), busy):
+            pass
+
+
+def _is_mapped(target: _Target, stored: StoredTensor, device: torch.device) -> bool:
+    """Whether the mapped file can serve as the parameter's memory."""
+    if target.takes_itself or device.type != "cpu" or not target.parameter.is_meta:
+        return False
+    return stored.dtype == target.parameter.dtype and stored.shape == target.shape and stored.is_aligned
+
+
+def _replace(target: _Target, values: Tensor) -> None:
+    setattr(target.module, target.leaf, nn.Parameter(values, requires_grad=target.parameter.requires_grad))
+
+
+@torch.no_grad()
+def _load_one(target: _Target, stored: StoredTensor, device: torch.device) -> None:
+    if target.takes_itself:
+        assert isinstance(target.module, NF4Linear)
+        target.module.load_weight(target.leaf, stored.tensor(), device)
+        return
+    if target.parameter.is_meta:
+        _replace(target, torch.empty(target.shape, dtype=target.parameter.dtype, device=device))
+    parameter = target.parameter
+    if stored.shape == target.shape:
+        stored.read_into(parameter)
+        return
+    old = parameter[: stored.shape[0]]
+    stored.read_into(old)
+    parameter[stored.shape[0] :] = old.float().mean(0).to(parameter.dtype)
+
+
+def _check_names(folder: Path, missing: list[str], unexpected: list[str]) -> None:
+    for names, what in ((missing, "lack"), (unexpected, "also hold")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"the weights in {folder} {what} {', '.join(names[:3])}{more}, going by its config.json: "
+                "the files don't belong together; download the model again, or mend config.json"
+            )
+
+
+def _check_shape(name: str, target: _Target, stored: StoredTensor, new_rows_from: int | None) -> None:
+    if stored.shape == target.shape:
+        return
+    if target.may_grow and new_rows_from is not None and new_rows_from < target.shape[0]:
+        if stored.shape == (new_rows_from, *target.shape[1:]):
+            return
+    raise UserError(
+        f"{stored.path}: the tensor {stored.name} has the shape {tuple(stored.shape)}, but the model, going by its config.json, "
+        f"{tuple(target.shape)} ({name}): the files don't belong together; download the model again, or mend config.json"
+    )

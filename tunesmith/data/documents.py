@@ -1,0 +1,151 @@
+"""Rows to tokens: every row of a source as ids and loss mask, bad rows counted with a reason. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.configs.data import ChatData, TextData
+from tunesmith.data import formats
+from tunesmith.data.cache import Documents, Reading, Tokenized, cached, collect
+from tunesmith.data.files import Row, Rows, file_digest
+from tunesmith.data.formats import BadRow
+from tunesmith.data.sources import describe, open_rows
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.errors import UserError
+
+_CHUNK = 512
+_CHUNK_CHARACTERS = 1 << 23
+NOTHING_TRAINED = "nothing in the loss"
+
+NumberedRow = tuple[int, str, Row]
+"""Number of a row in its source, where it stands, the row."""
+
+
+@dataclass
+class RowReader:
+    """Tokenizes rows of one source."""
+
+    data: ChatData | TextData
+    reading: formats.Reading
+    tokenizer: Tokenizer
+    format: str | None = None
+    """Chosen by the first row."""
+
+    def tokenize(self, rows: Iterable[NumberedRow], report: Reading) -> Iterator[list[Tokenized]]:
+        """Ids and masks of `rows`, chunk by chunk; rows that can't be used are counted in `report`."""
+        chunk: list[tuple[int, str, formats.Example]] = []
+        size = 0
+        for number, place, row in rows:
+            if self.format is None:
+                allowed = ["text"] if isinstance(self.data, TextData) else None
+                self.format = formats.choose_format(row, self.reading, place, allowed)
+            report.rows += 1
+            try:
+                chunk.append((number, place, formats.read_row(row, self.reading, self.format)))
+            except BadRow as bad:
+                self._skip(report, bad.reason, place, str(bad))
+            except KeyError as missing:
+                self._skip(report, f"no column `{missing.args[0]}`", place, f"no column `{missing.args[0]}`")
+            size += len(chunk[-1][2].get("text", "")) if chunk else 0
+            if len(chunk) == _CHUNK or size > _CHUNK_CHARACTERS:
+                yield self._encode(chunk, report)
+                chunk, size = [], 0
+        yield self._encode(chunk, report)
+
+    def collect(self, rows: Iterable[NumberedRow], report: Reading) -> Documents:
+        """The documents of a few rows, in memory."""
+        return collect(self.tokenize(rows, report), report)
+
+    def _skip(self, report: Reading, reason: str, place: str, message: str) -> None:
+        if self.data.on_bad_row == "error":
+            raise UserError(f"{place}: {message}; mend the row, or leave such rows out with `on_bad_row: skip`")
+        report.skip(reason, place if message == reason else f"{place}: {message.removeprefix(reason).lstrip(': ')}")
+
+    def _encode(self, chunk: list[tuple[int, str, formats.Example]], report: Reading) -> list[Tokenized]:
+        if not chunk:
+            return []
+        is_text = "text" in chunk[0][2]
+        encoded = self._encode_texts(chunk) if is_text else self._encode_chats(chunk)
+        kept: list[Tokenized] = []
+        for (number, place, _), result in zip(chunk, encoded):
+            if isinstance(result, UserError):
+                self._skip(
+                    report, "the chat template can't render it", place, f"the chat template can't render it: {result}"
+                )
+            elif any(result[1][1:]) if result[1] is not None else len(result[0]) > 1:
+                kept.append((number, *result))
+            else:
+                self._skip(report, NOTHING_TRAINED, place, NOTHING_TRAINED)
+        return kept
+
+    def _encode_texts(self, chunk: list[Any]) -> Iterator[Any]:
+        """Ids with the tokenizer's own start, and the end-of-text token behind."""
+        end = self.tokenizer.eos_id
+        for ids in self.tokenizer.encode_batch([example["text"] for _, _, example in chunk]):
+            yield (ids if end is None or ids[-1:] == [end] else [*ids, end]), None
+
+    def _encode_chats(self, chunk: list[Any]) -> Iterator[Any]:
+        conversations = [example["messages"] for _, _, example in chunk]
+        tools = [example["tools"] for _, _, example in chunk]
+        train_on_input = getattr(self.data, "train_on_input", False)
+        for result in self.tokenizer.encode_chat_batch(conversations, tools, train_on_input=train_on_input):
+            if type(result) is UserError:  # not about this conversation: the tokenizer has no template, say
+                raise result
+            yield result
+
+    def options(self) -> list[Any]:
+        """What decides the tokens, besides the rows."""
+        options = asdict(self.reading) | {"train_on_input": getattr(self.data, "train_on_input", None)}
+        return [type(self.data).__name__, options, self.data.on_bad_row, self.tokenizer.fingerprint]
+
+
+def _code() -> list[str]:
+    """Changes with the code that makes tokens of rows: what an older version cached is not taken."""
+    folder = Path(__file__).parent
+    names = [folder / name for name in ("documents.py", "formats.py", "tokenizer.py", "sentencepiece_files.py")]
+    return [
+        file_digest(path) for path in [*names, *sorted(folder.glob("chat*.py")), *sorted(folder.glob("tokenizer_*.py"))]
+    ]
+
+
+@dataclass
+class Loaded:
+    """A source, tokenized."""
+
+    name: str
+    rows: Rows | None
+    documents: Documents
+    fingerprint: str
+    from_cache: bool
+
+
+def numbered(rows: Rows) -> Iterator[NumberedRow]:
+    for index in range(len(rows)):
+        yield index, rows.place(index), rows[index]
+
+
+def load_documents(data: ChatData | TextData, reading: formats.Reading, tokenizer: Tokenizer) -> Loaded:
+    """All rows of a source, tokenized; from the cache where they were tokenized before.
+
+    Raises UserError when no row can be used.
+    """
+    rows = open_rows(data)
+    reader = RowReader(data, reading, tokenizer)
+    key = [rows.fingerprint(), *reader.options()]
+    documents, found = cached([*key, *_code()], lambda report: reader.tokenize(numbered(rows), report))
+    if not len(documents.ends):
+        raise UserError(f"no row of {describe(data)} can be used: {skipped_text(documents.reading)}")
+    fingerprint = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
+    return Loaded(data.source, rows, documents, fingerprint, found)
+
+
+def skipped_text(reading: Reading) -> str:
+    """Why rows were left out, with an example each."""
+    return "; ".join(
+        f"{count:,} of {reading.rows:,} skipped: {reason} ({example})"
+        for reason, (count, example) in reading.skipped.items()
+    )

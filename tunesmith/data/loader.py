@@ -1,0 +1,217 @@
+"""The batches of a run: which rows each step sees, cut into the micro-batches of this rank.
+
+A step's rows depend on (seed, data, step) alone; the number of ranks and the size of a micro-batch say only how they
+are cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+from tunesmith.configs.data import ChatData, TextData
+from tunesmith.configs.shared import TrainSettings
+from tunesmith.data.batch import Batch
+from tunesmith.data.collate import TokenRow, collate
+from tunesmith.data.indexed import IndexedOrder
+from tunesmith.data.report import DataReport
+from tunesmith.data.streamed import StreamedOrder
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.errors import UserError
+from tunesmith.parallel.mesh import Mesh
+
+DEFAULT_MAX_SEQ_LEN = 2048
+_AHEAD = 2
+
+
+def chat_batches(config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_seq_len: int | None = None) -> Batches:
+    """The batches of `config.dataset`, conversations.
+
+    max_seq_len: longest row in tokens, default 2048. Raises UserError when the data can't be read or none can be used.
+    """
+    return _batches(config, _listed(config, "dataset"), tokenizer, mesh, max_seq_len, validation=False)
+
+
+def text_batches(config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_seq_len: int | None = None) -> Batches:
+    """The same for plain text."""
+    return _batches(config, _listed(config, "dataset"), tokenizer, mesh, max_seq_len, validation=False)
+
+
+def validation_batches(
+    config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_seq_len: int | None = None
+) -> Batches | None:
+    """The batches of `config.dataset_val`, of whichever kind; None where there is none."""
+    if getattr(config, "dataset_val", None) is None:
+        return None
+    return _batches(config, _listed(config, "dataset_val"), tokenizer, mesh, max_seq_len, validation=True)
+
+
+def _listed(config: TrainSettings, name: str) -> list[ChatData | TextData]:
+    data = getattr(config, name)
+    sources = data if isinstance(data, list) else [data]
+    if not sources:
+        raise UserError(f"`{name}` is an empty list; name at least one source")
+    return sources
+
+
+def _batches(
+    config: TrainSettings,
+    sources: list[ChatData | TextData],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    max_seq_len: int | None,
+    validation: bool,
+) -> Batches:
+    rows_per_step, batch_size = global_batch(config, mesh, validation)
+    seed = None if validation or not config.shuffle else (config.seed or 0,)
+    kind = StreamedOrder if any(source.streaming for source in sources) else IndexedOrder
+    order = kind(sources, tokenizer, max_seq_len or DEFAULT_MAX_SEQ_LEN, seed, rows_per_step)
+    return Batches(order, config, mesh, tokenizer.pad_id, rows_per_step, batch_size, validation)
+
+
+def global_batch(config: TrainSettings, mesh: Mesh, validation: bool = False) -> tuple[int, int]:
+    """(rows of a step over all ranks, rows of a micro-batch)."""
+    if validation:
+        batch_size = config.batch_size_val or config.batch_size
+        return batch_size * mesh.dp_size, batch_size
+    at_once = config.batch_size * mesh.dp_size
+    if config.global_batch_size is None:
+        return at_once * (config.gradient_accumulation_steps or 1), config.batch_size
+    if config.global_batch_size % at_once:
+        ranks = f" x {mesh.dp_size} data-parallel ranks" if mesh.dp_size > 1 else ""
+        raise UserError(
+            f"`global_batch_size` = {config.global_batch_size} is no multiple of `batch_size` = {config.batch_size}{ranks}; "
+            f"take {max(1, round(config.global_batch_size / at_once)) * at_once}, or another `batch_size`"
+        )
+    return config.global_batch_size, config.batch_size
+
+
+class Order(Protocol):
+    """Which rows each step sees."""
+
+    steps_per_epoch: int | None
+    fingerprint: list[Any]
+    max_seq_len: int
+    width: int | None
+    """Of every batch; None: as wide as its longest row."""
+    packed: bool
+    """Whether rows hold several documents that must not see each other."""
+
+    @property
+    def report(self) -> DataReport: ...
+
+    def rows(self, epoch: int, step: int, rank: int, ranks: int) -> list[TokenRow]: ...
+
+    def state(self, steps: int) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Batches:
+    """The micro-batches of every step. Steps count from 1; steps ahead are made in the background."""
+
+    def __init__(
+        self,
+        order: Order,
+        config: TrainSettings,
+        mesh: Mesh,
+        pad_id: int,
+        rows_per_step: int,
+        batch_size: int,
+        validation: bool,
+    ):
+        self.order, self.mesh, self.pad_id = order, mesh, pad_id
+        self.rows_per_step, self.batch_size = rows_per_step, batch_size
+        """Rows over all ranks, and of a micro-batch."""
+        limit = None if validation else config.max_steps_per_epoch
+        per_epoch = order.steps_per_epoch
+        self.steps_per_epoch: int | None = per_epoch if limit is None else min(limit, per_epoch or limit)
+        """None for a stream: it has no end."""
+        self.total_steps = _total_steps(config, self.steps_per_epoch, validation)
+        self._pin = mesh.device.type in ("cuda", "xpu")
+        self._done = 0
+        self._ahead: dict[int, Future[list[Batch]]] = {}
+        self._worker: ThreadPoolExecutor | None = None
+        parts = [*order.fingerprint, rows_per_step, config.shuffle, config.max_steps_per_epoch]
+        self.fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        """Changes with anything that would change the rows of a step, but for the seed."""
+
+    @property
+    def report(self) -> DataReport:
+        return self.order.report
+
+    def __len__(self) -> int:
+        return self.total_steps
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """All steps from the first, as validation takes them."""
+        for number in range(1, self.total_steps + 1):
+            yield self.step(number)
+
+    def step(self, number: int) -> list[Batch]:
+        """This rank's micro-batches of step `number`: as many on every rank, each of at most `batch_size` rows.
+
+        Any step of indexed data is there at once; a stream is read up to it, and from its start if that is passed.
+        """
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "data")
+        if number not in self._ahead:
+            self._forget()
+        for ahead in range(number, min(number + _AHEAD, self.total_steps) + 1):
+            if ahead not in self._ahead:
+                self._ahead[ahead] = self._worker.submit(self._make, ahead)
+        batches = self._ahead.pop(number).result()
+        self._done = number
+        return batches
+
+    def state(self) -> dict[str, Any]:
+        """Where the run stands after the last step that was taken; json can hold it."""
+        return {"step": self._done, **self.order.state(self._done)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on after the step of `state`."""
+        self._forget()
+        self._done = state["step"]
+        self.order.load_state(state)
+
+    def close(self) -> None:
+        """Stop the background thread; the next step() starts it again."""
+        self._forget()
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+
+    def _forget(self) -> None:
+        """Drop the steps made ahead; one being made is waited for."""
+        for future in self._ahead.values():
+            if not future.cancel():
+                future.exception()
+        self._ahead.clear()
+
+    def _make(self, number: int) -> list[Batch]:
+        order, size = self.order, self.batch_size
+        epoch, step = (
+            divmod(number - 1, self.steps_per_epoch)
+            if order.steps_per_epoch and self.steps_per_epoch
+            else (0, number - 1)
+        )
+        rows = order.rows(epoch, step, self.mesh.dp_rank, self.mesh.dp_size)
+        return [
+            collate(rows[i : i + size], self.pad_id, order.packed, order.max_seq_len, order.width, self._pin)
+            for i in range(0, len(rows), size)
+        ]
+
+
+def _total_steps(config: TrainSettings, steps_per_epoch: int | None, validation: bool) -> int:
+    if validation:
+        limits = [steps_per_epoch, config.max_val_steps]
+        missing = "`dataset_val.streaming: true` needs `max_val_steps`"
+    else:
+        limits = [steps_per_epoch and config.epochs * steps_per_epoch, config.max_steps]
+        missing = "`dataset.streaming: true` needs `max_steps`"
+    known = [limit for limit in limits if limit is not None]
+    if not known:
+        raise UserError(f"{missing}: how long a stream is can't be known beforehand")
+    return min(known)

@@ -1,0 +1,113 @@
+"""How the next token is chosen.
+
+B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What generation does with the model's distribution. Steps apply in this order: repetition penalty, temperature, top-k, top-p, min-p."""
+
+    max_new_tokens: int = 256
+    """Longest continuation in tokens."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token; 1 samples from the model's own distribution."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens."""
+    top_p: float | None = None
+    """Keep the likeliest tokens that hold this much probability (arXiv 1904.09751)."""
+    min_p: float | None = None
+    """Keep tokens at least this likely relative to the likeliest (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occur in the prompt or the text less likely (arXiv 1909.05858)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are cut off."""
+    stop_ids: tuple[int, ...] | None = None
+    """Tokens that end the text; None takes the tokenizer's."""
+    seed: int | None = None
+    """A sequence's randomness depends on this, its prompt's index and its sample's index only; None draws one."""
+    num_samples: int = 1
+    """Continuations per prompt."""
+    log_probs: bool = False
+    """Return each token's log-probability under the model itself (temperature 1, nothing filtered)."""
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` can't be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"`{name}` must be above 0 and at most 1, got {value}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"`repetition_penalty` must be positive, got {self.repetition_penalty}")
+        if isinstance(self.stop, str):
+            raise ValueError(f"`stop` is a list of strings, got one string: write [{self.stop!r}]")
+        if not all(self.stop):
+            raise ValueError("`stop` holds an empty string: it would end every text at once")
+
+
+def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+    """The next tokens (B,) for `logits` (B, V) float32.
+
+    Args:
+        uniforms: (B,) random numbers in [0, 1), one per sequence; needed above temperature 0.
+        seen: (B, V) bool, tokens that the repetition penalty applies to.
+    """
+    if seen is not None:
+        logits = penalize(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    assert uniforms is not None
+    return draw(keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p), uniforms)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide the positive and multiply the negative `logits` (B, V) of the `seen` tokens by `penalty` (CTRL, arXiv 1909.05858, section 4.1)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def keep_likely(
+    logits: Tensor, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Tensor:
+    """Set all but the likeliest of `logits` (B, V) to -inf; each filter works on what the one before left, and the likeliest token always stays."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        ascending, order = logits.sort(-1)
+        is_tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        is_tail[:, -1] = False
+        logits = logits.masked_fill(is_tail.scatter(-1, order, is_tail), -torch.inf)
+    if min_p is not None:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (B,) drawn from softmax(`logits`) (B, V) by inverting its distribution function at `uniforms` (B,) in [0, 1)."""
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64
+    cumulative = logits.softmax(-1).to(precise).cumsum(-1)
+    target = uniforms.to(precise)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    last_possible = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()).squeeze(-1)
+    return torch.minimum(tokens, last_possible)  # rounding may put the target on the very end
+
+
+def uniforms(seed: int, prompt: int, sample: int, count: int) -> Tensor:
+    """The (count,) random numbers in [0, 1) of one sequence, float64; the same whatever else is generated."""
+    digest = hashlib.sha256(f"{seed}:{prompt}:{sample}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.rand(count, generator=generator, dtype=torch.float64)

@@ -1,0 +1,227 @@
+"""The decoder-only language model in Llama's shape; families that differ by degree need nothing else.
+
+B batch, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.models.family import DecoderConfig, Family
+from tunesmith.models.weights import Drop, Operator
+from tunesmith.nn.attention import Attention, Sight, block_mask, cache_mask, causal_mask
+from tunesmith.nn.head import Head
+from tunesmith.nn.kv_cache import KVCache
+from tunesmith.nn.mlp import GatedMLP
+from tunesmith.nn.norm import RMSNorm
+from tunesmith.nn.rope import Rotary
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each on the normed stream and added to it."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.add_halves(config, layer)
+        self.add_norms(config)
+
+    def add_halves(self, config: DecoderConfig, layer: int) -> None:
+        self.self_attn = Attention(config, layer)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
+
+    def add_norms(self, config: DecoderConfig) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm)
+
+    def forward(self, x: Tensor, sight: Sight) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), sight)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: token ids (B, T) -> hidden (B, T, D)."""
+
+    def __init__(self, config: DecoderConfig, block: type[nn.Module]):
+        super().__init__()
+        self.config = config
+        # Given its memory, or drawing normal numbers for it on the meta device would import torch._dynamo: more than a second.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
+        self.layers = nn.ModuleDict({str(layer): block(config, layer) for layer in range(config.num_hidden_layers)})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm)
+        self.rotary = {False: Rotary(config.rope, config.head_dim)}
+        if config.local_rope is not None:
+            self.rotary[True] = Rotary(config.local_rope, config.head_dim)
+
+    def forward(self, input_ids: Tensor, sight: Sight) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        if self.config.embedding_scale is not None:
+            # Rounded to the model's dtype first, as the families that scale were trained with.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        for layer in self.layers.values():
+            x = layer(x, sight)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """A decoder and its head. forward gives hidden states, because losses apply the head themselves, in chunks."""
+
+    block: type[nn.Module] = Block
+
+    def __init__(self, config: DecoderConfig, family: Family, hf_config: dict[str, Any]):
+        super().__init__()
+        self.config, self.family, self.hf_config = config, family, hf_config
+        self.model = Decoder(config, self.block)
+        tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = Head(config.hidden_size, config.vocab_size, tied_to, config.final_logit_softcap)
+        self.max_seq_len: int | None = None
+
+    def init_buffers(self, device: torch.device | str | None = None, max_seq_len: int | None = None) -> None:
+        """To be called after to_empty. max_seq_len: in training, rotary frequencies that depend on a sequence's length
+        are those of this length."""
+        self.max_seq_len = max_seq_len
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) -> hidden states (B, T, D) after the final norm.
+
+        positions: (B, T), position of each token within its document; None: counted from the start of the row, or from
+            what the cache holds. Negative: padding (only with a cache).
+        documents: (B, T), number of the document that a token belongs to, which must be contiguous, -1 for padding;
+            None: each row is one document, padded at the right if at all.
+        cache: holds the tokens before these; these are added to it. With documents, only 0 and -1 make sense.
+        """
+        return self._hidden(input_ids, positions, documents, cache, self.max_seq_len)
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V) as transformers computes them: rotary frequencies that depend on the
+        length are those of this input's length, whatever max_seq_len is."""
+        return self.lm_head.logits(self._hidden(input_ids, positions, documents, cache, None))
+
+    @property
+    def weights(self) -> tuple[Operator, ...]:
+        """Between names in files and names in the model, for this very model."""
+        tied = (Drop("lm_head.weight"),) if self.config.tie_word_embeddings else ()
+        return (*self.family.weights, *tied)
+
+    def _hidden(self, input_ids, positions, documents, cache: KVCache | None, max_seq_len: int | None) -> Tensor:
+        if cache is None:
+            return self.model(input_ids, self._sight(input_ids, positions, documents, max_seq_len))
+        if cache.ids is not None:
+            return self._hidden_by_length(input_ids, positions, documents, cache)
+        return self._hidden_cached(input_ids, positions, documents, cache)
+
+    def _hidden_cached(self, input_ids: Tensor, positions, documents, cache: KVCache) -> Tensor:
+        sight, lengths = self._cached_sight(input_ids, positions, documents, cache)
+        hidden = self.model(input_ids, sight)
+        cache.advance(input_ids.shape[1], lengths)
+        return hidden
+
+    def _hidden_by_length(self, input_ids: Tensor, positions, documents, cache: KVCache) -> Tensor:
+        """Where a row grows into other rotary frequencies, all that the cache holds of it is out of date: compute it again.
+
+        So cached decoding equals decoding without a cache, and a row doesn't depend on the others.
+        """
+        where, lengths = _positions(cache, input_ids.shape[1], positions, documents)
+        assert cache.ids is not None
+        cache.ids.scatter_(1, torch.where(where < 0, cache.max_length, where), input_ids)
+        steps = list(zip(cache.length.tolist(), lengths.tolist()))
+        if not any(rotary.changes(old, new) for rotary in self.model.rotary.values() for old, new in steps):
+            return self._hidden_cached(input_ids, positions, documents, cache)
+        order = torch.arange(max(new for _, new in steps), device=input_ids.device)
+        cache.length = 0
+        everything = torch.where(order < lengths[:, None], 0, -1)
+        hidden = self._hidden_cached(cache.ids[:, : len(order)], None, everything, cache)
+        return hidden.gather(1, where.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _sight(self, input_ids: Tensor, positions, documents, max_seq_len: int | None) -> Sight:
+        """What every layer needs to know about this forward pass, built once."""
+        (batch_size, length), device = input_ids.shape, input_ids.device
+        longest = length if max_seq_len is None else max_seq_len
+        if positions is None:
+            positions = torch.arange(length, device=device)[None]
+        elif self.config.depends_on_length and max_seq_len is None:
+            longest = int(positions.max()) + 1
+        cos_sin, windows = self._cos_sin(positions, longest), set(self.config.layer_windows)
+        if device.type == "cuda" and (documents is not None or windows != {None} or self.config.attention_softcap):
+            blocks = {window: block_mask(length, window, documents, batch_size, device) for window in windows}
+            return Sight({}, cos_sin, block_masks=blocks)
+        if documents is not None and device.type == "cpu" and not self._is_compiled():
+            return Sight({}, cos_sin, segments=segments(documents))
+        return Sight({window: causal_mask(length, window, device, documents) for window in windows}, cos_sin)
+
+    def _cached_sight(self, input_ids: Tensor, positions, documents, cache: KVCache) -> tuple[Sight, Tensor | None]:
+        """The same with a cache, and the lengths (B,) of its rows afterwards; None: all grow by T."""
+        length, device = input_ids.shape[1], input_ids.device
+        windows, end = set(self.config.layer_windows), cache.end_after(length)
+        if positions is None and documents is None and cache.uniform:
+            positions, lengths, slots = torch.arange(cache.end, end, device=device)[None], None, None
+            if length == 1:
+                masks = dict.fromkeys(windows)
+            elif cache.end == 0:
+                masks = {window: causal_mask(length, window, device) for window in windows}
+            else:
+                masks = {window: cache_mask(end, positions, window) for window in windows}
+        else:
+            positions, lengths = _positions(cache, length, positions, documents)
+            slots = torch.where(positions < 0, cache.max_length, positions)
+            masks = {window: cache_mask(end, positions, window) for window in windows}
+        cos_sin = self._cos_sin(positions, end if lengths is None else lengths)
+        return Sight(masks, cos_sin, cache=cache, slots=slots), lengths
+
+    def _cos_sin(self, positions: Tensor, length: int | Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
+        dtype = torch.float32 if self.config.rope_in_float32 else self.model.norm.weight.dtype
+        found = {local: rotary(positions, length) for local, rotary in self.model.rotary.items()}
+        return {local: (cos.to(dtype), sin.to(dtype)) for local, (cos, sin) in found.items()}
+
+    def _is_compiled(self) -> bool:
+        """Compiled layers take masks: a loop over documents would be traced anew for every batch."""
+        layers = self.model.layers.values()
+        return torch.compiler.is_compiling() or any(layer._compiled_call_impl is not None for layer in layers)
+
+
+def segments(documents: Tensor) -> list[tuple[int, bool]]:
+    """(tokens, is padding) of each run of one document in (B, T), all rows in one line."""
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    begins = starts.flatten().nonzero().squeeze(-1)
+    padding = documents.flatten()[begins] < 0
+    lengths = torch.diff(begins, append=begins.new_tensor([documents.numel()]))
+    return list(zip(lengths.tolist(), padding.tolist()))
+
+
+def _positions(cache: KVCache, length: int, positions, documents) -> tuple[Tensor, Tensor]:
+    """Positions (B, T) of new tokens, -1 for padding, and the lengths (B,) of the cache's rows with them."""
+    if documents is not None:
+        real = documents >= 0
+        if positions is None:
+            positions = cache.length[:, None] + real.long().cumsum(-1) - 1
+        positions = torch.where(real, positions, -1)
+    elif positions is None:
+        positions = cache.length[:, None] + torch.arange(length, device=cache.length.device)
+    return positions, torch.maximum(cache.length, positions.amax(-1) + 1)
+
+
+def build(hf: dict[str, Any], family: Family, config: DecoderConfig) -> CausalLM:
+    """The model of a config.json, its parameters uninitialised; call it under torch.device("meta").
+
+    hf: what config.json will hold when the model is saved.
+    """
+    module, _, name = family.model.partition(":")
+    return getattr(importlib.import_module(module), name)(config, family, hf)

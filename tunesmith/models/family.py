@@ -1,0 +1,62 @@
+"""What a model family is: one torch-free record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.models.weights import Operator
+from tunesmith.nn.config import DecoderConfig, RopeConfig
+
+__all__ = ["LLAMA_PLAN", "DecoderConfig", "Family", "RopeConfig"]
+
+LLAMA_PLAN = {
+    "model.embed_tokens": "embedding",
+    "model.layers.*.self_attn.q_proj": "colwise",
+    "model.layers.*.self_attn.k_proj": "colwise",
+    "model.layers.*.self_attn.v_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.mlp.gate_proj": "colwise",
+    "model.layers.*.mlp.up_proj": "colwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+    "lm_head": "head",
+}
+"""Tensor parallelism in words, one for a module; modules not named are replicated and see whole inputs.
+
+embedding   rows of the table over the ranks, outputs summed
+colwise     output features over the ranks, output left cut
+rowwise     input features over the ranks, output summed
+per_head    a norm of single heads, whole on every rank, fed with that rank's heads: its gradients are summed
+all_heads   a norm over all heads at once, its weight cut like them: its mean of squares is summed
+fused_qkv   colwise, with queries, keys and values each cut on their own
+fused_pair  colwise, with both halves each cut on their own
+head        rows of the output layer over the ranks
+"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one shape. Everything special to it is said here or in its model class."""
+
+    name: str
+    architectures: tuple[str, ...]
+    """Entries of `architectures` in config.json that it serves."""
+    model_types: tuple[str, ...]
+    """Values of `model_type` in config.json that it serves, for files without `architectures`."""
+    read_config: Callable[[dict[str, Any]], DecoderConfig]
+    """From config.json's content; raises UserError for a key that would change the maths and isn't understood."""
+    model: str = "tunesmith.models.decoder:CausalLM"
+    """The model class, as module:name."""
+    tp_plan: dict[str, str] = field(default_factory=lambda: dict(LLAMA_PLAN))
+    """Module name, with * for a layer's number -> word, see LLAMA_PLAN."""
+    weights: tuple[Operator, ...] = ()
+    """From the names in weight files to the model's and back."""
+    text_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """The config.json of the text model within that of a larger one; itself for most."""
+    chat_templates: tuple[str, ...] = ()
+    """Built-in chat templates for repositories that have none: the first whose special tokens the vocabulary has."""
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Named sizes: "llama3_2/1B" -> the content of config.json."""
+    repositories: dict[str, str] = field(default_factory=dict)
+    """Named sizes: "llama3_2/1B" -> the Hub repository that the name stands for."""

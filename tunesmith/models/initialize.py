@@ -1,0 +1,43 @@
+"""Random weights for training from scratch: each parameter from a generator of its own, so that no layout changes a number."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.models.decoder import CausalLM
+
+
+@torch.no_grad()
+def initialize(model: CausalLM, seed: int) -> None:
+    """Fill every parameter of a materialised model."""
+    for name, parameter in model.named_parameters():
+        initialize_parameter(model, name, parameter, seed)
+
+
+@torch.no_grad()
+def initialize_parameter(model: CausalLM, name: str, tensor: Tensor, seed: int) -> None:
+    """Fill one whole tensor as the parameter `name` would be from scratch.
+
+    Matrices and embeddings are normal with the config's initializer_range, biases 0, norms neutral. The numbers depend
+    on the seed, the name and the shape alone. A loader that lacks some rows fills a tensor of the parameter's shape
+    and takes those rows from it.
+    """
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if leaf == "bias":
+        tensor.zero_()
+    elif isinstance(module, nn.Module) and hasattr(module, "kind"):
+        tensor.fill_(0.0 if module.kind == "unit_offset" else 1.0)
+    else:
+        drawn = torch.empty(tensor.shape, dtype=torch.float32)
+        drawn.normal_(0.0, model.config.initializer_range, generator=generator(seed, name))
+        tensor.copy_(drawn)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator seeded by (seed, name), the same on every machine."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,319 @@
+"""Causal self-attention: who sees whom (documents, windows, cache), and the kernels that compute it.
+
+B batch, T tokens, H query heads, G key-value heads, K head size, S slots of a cache, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache as cached
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.nn.config import DecoderConfig
+from tunesmith.nn.kv_cache import KVCache
+from tunesmith.nn.norm import RMSNorm
+from tunesmith.nn.rope import rotate
+
+CosSin = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Sight:
+    """Who sees whom in one forward pass: built once, used by every layer.
+
+    A token sees itself and what comes before it in its own document, no further back than the layer's window.
+    """
+
+    masks: dict[int | None, Tensor | None]
+    """For each window a mask (1 or B, 1, T, T or S), True where a token is seen; None: plainly causal."""
+    cos_sin: dict[bool, CosSin]
+    """Cosines and sines (B or 1, T, 1, R), for `rotate`, of layers with the global rotary positions (False) and the local ones (True)."""
+    segments: list[tuple[int, bool]] | None = None
+    """Set where attention goes document by document (on the CPU): (tokens, is padding) of each, all rows in one line."""
+    block_masks: dict[int | None, Any] = field(default_factory=dict)
+    """Set where FlexAttention does the work: its masks by window."""
+    cache: KVCache | None = None
+    slots: Tensor | None = None
+    """(B, T) where new tokens go in the cache; None: behind rows of equal length."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values (arXiv 2305.13245), rotary positions and optional norms of q and k."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.window = config.layer_windows[layer]
+        self.local = config.local_rope is not None and self.window is not None
+        self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.softcap, self.rope_in_float32 = config.attention_softcap, config.rope_in_float32
+        self.add_projections(config)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm is not None:
+            heads = (config.num_attention_heads, config.num_key_value_heads) if config.qk_norm == "full" else (1, 1)
+            self.q_norm = RMSNorm(heads[0] * config.head_dim, config.rms_norm_eps, config.norm)
+            self.k_norm = RMSNorm(heads[1] * config.head_dim, config.rms_norm_eps, config.norm)
+
+    def add_projections(self, config: DecoderConfig) -> None:
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> queries (B, T, H*K), keys and values (B, T, G*K)."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def forward(self, x: Tensor, sight: Sight) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        q, k, v = self.project(x)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        # -1: under tensor parallelism a rank holds some of the heads.
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.qk_norm == "per_head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(part, *sight.cos_sin[self.local]) for part in (q, k))
+        if sight.cache is None:
+            y = attend(q, k, v, sight, self.window, self.scale, self.softcap)
+        else:
+            y = self.attend_cached(q, k, v, sight)
+        return self.o_proj(y.flatten(2))
+
+    def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        """Store the new keys and values, then attend to all slots. Returns (B, T, H, K)."""
+        cache = sight.cache
+        assert cache is not None
+        cache.write(self.layer, k, v, sight.slots)
+        mask, end = sight.masks[self.window], cache.end_after(q.shape[1])
+        if mask is None and q.shape[1] == end:  # a first forward without padding sees nothing but itself
+            return attend(q, k, v, sight, self.window, self.scale, self.softcap)
+        start = max(0, end - self.window) if mask is None and self.window is not None else 0
+        keys, values = cache.read(self.layer, start, end)
+        return _kernel(q.transpose(1, 2), keys, values, mask, False, self.scale, self.softcap).transpose(1, 2)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, sight: Sight, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention among the tokens at hand: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+    segments = _rows_as_documents(q, v.dtype, sight, window) if sight.segments is None else sight.segments
+    if segments is not None:
+        return _by_document(q, k, v, segments, window, scale, softcap)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    if window in sight.block_masks:
+        return _flex(q, k, v, sight.block_masks[window], scale, softcap).transpose(1, 2)
+    mask = sight.masks[window]
+    return _kernel(q, k, v, mask, mask is None, scale, softcap).transpose(1, 2)
+
+
+def _rows_as_documents(
+    q: Tensor, dtype: torch.dtype, sight: Sight, window: int | None
+) -> list[tuple[int, bool]] | None:
+    """Segments for training on whole rows in half precision on the CPU (see _DocumentAttention); None: use a mask or none."""
+    if q.device.type != "cpu" or not is_half(dtype) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    whole = sight.masks.get(window) is None and window not in sight.block_masks
+    return [(q.shape[1], False)] * q.shape[0] if whole else None
+
+
+def _by_document(q, k, v, segments: list[tuple[int, bool]], window: int | None, scale: float, softcap: float | None):
+    """One call for each document: work grows with the documents' lengths squared, not with the row's."""
+    if softcap is None:
+        # Autocast would cast, but doesn't see calls of the kernel itself; norms may have widened q and k.
+        flat = (part.flatten(0, 1).to(v.dtype) for part in (q, k, v))
+        return _DocumentAttention.apply(*flat, segments, window, scale).view(q.shape)  # type: ignore[union-attr]
+    parts = []
+    # split, not slices: its gradient is one concatenation.
+    split = (part.flatten(0, 1).split([length for length, _ in segments]) for part in (q, k, v))
+    for (length, is_padding), query, key, value in zip(segments, *split):
+        if is_padding:
+            parts.append(torch.zeros_like(query))
+            continue
+        mask = causal_mask(length, window, q.device)
+        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+        parts.append(_kernel(query, key, value, mask, mask is None, scale, softcap)[0].transpose(0, 1))
+    return torch.cat(parts).view(q.shape)
+
+
+class _DocumentAttention(torch.autograd.Function):
+    """The CPU's flash kernel on each document of a line: q (N, H, K), k and v (N, G, K) -> (N, H, K).
+
+    Half precision is widened for the kernel, document by document: for bf16 the library compiles, and keeps for ever,
+    machine code for every length that it meets, which doubles the time and takes a gigabyte within a few steps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, segments: list[tuple[int, bool]], window: int | None, scale: float
+    ):
+        y = q.new_empty(q.shape)
+        sums = q.new_empty(q.shape[:2], dtype=_wide(q.dtype))
+        for rows, is_padding in _rows(segments):
+            if is_padding:
+                y[rows], sums[rows] = 0, 0
+                continue
+            mask = _added_mask(rows, window, q)
+            part, part_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *(_widened(one, rows) for one in (q, k, v)), 0.0, mask is None, attn_mask=mask, scale=scale
+            )
+            _heads_first(y, rows).copy_(part)
+            sums[rows] = part_sums[0].t()
+        ctx.save_for_backward(q, k, v, y, sums)
+        ctx.segments, ctx.window, ctx.scale = segments, window, scale
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, y, sums = ctx.saved_tensors
+        own = tuple(one.new_empty(one.shape) for one in (q, k, v))
+        for rows, is_padding in _rows(ctx.segments):
+            if is_padding:
+                for one in own:
+                    one[rows] = 0
+                continue
+            mask = _added_mask(rows, ctx.window, q)
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(_widened(one, rows) for one in (gradient, q, k, v, y)),
+                sums[rows].t()[None],
+                0.0,
+                mask is None,
+                attn_mask=mask,
+                scale=ctx.scale,
+            )
+            for one, part in zip(own, parts):
+                _heads_first(one, rows).copy_(part)
+        return *own, None, None, None
+
+
+def _rows(segments: list[tuple[int, bool]]) -> Iterator[tuple[slice, bool]]:
+    """Where each document lies in the line, and whether it is padding."""
+    start = 0
+    for length, is_padding in segments:
+        yield slice(start, start + length), is_padding
+        start += length
+
+
+def _heads_first(line: Tensor, rows: slice) -> Tensor:
+    """A view (1, H, T, K) of some rows of (N, H, K)."""
+    return line[rows].transpose(0, 1)[None]
+
+
+def _widened(line: Tensor, rows: slice) -> Tensor:
+    return _heads_first(line, rows).to(_wide(line.dtype))
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a number takes 16 bits."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _added_mask(rows: slice, window: int | None, like: Tensor) -> Tensor | None:
+    """causal_mask for those rows as the numbers that the kernel itself adds to the scores."""
+    mask = causal_mask(rows.stop - rows.start, window, like.device)
+    return None if mask is None else torch.zeros(mask.shape, dtype=_wide(like.dtype)).masked_fill_(~mask, -math.inf)
+
+
+def causal_mask(
+    length: int, window: int | None, device: torch.device, documents: Tensor | None = None
+) -> Tensor | None:
+    """(1 or B, 1, T, T) bool, True where seen; None where plain causality says it all. documents: (B, T), -1 for padding."""
+    if documents is None and (window is None or window >= length):
+        return None
+    order = torch.arange(length, device=device)
+    distance = order[:, None] - order
+    seen = (distance >= 0) & (distance < (window or length))
+    if documents is None:
+        return seen[None, None]
+    # Padding sees padding: a row of the mask without any True would give nan.
+    return seen & (documents[:, None, :, None] == documents[:, None, None, :])
+
+
+def cache_mask(end: int, positions: Tensor, window: int | None) -> Tensor:
+    """(B, 1, T, end) bool: slots that tokens at positions (B, T) see. Padding (position < 0) sees slot 0, or it would be nan."""
+    slots = torch.arange(end, device=positions.device)
+    queries = positions.clamp(min=0)[:, None, :, None]
+    seen = slots <= queries
+    return seen if window is None else seen & (slots > queries - window)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None):
+    """q (B, H, T, K), k and v (B, G, S, K), mask (1 or B, 1, T, S) -> (B, H, T, K)."""
+    grouped, dtype = q.shape[1] != k.shape[1], v.dtype
+    if softcap is not None:
+        return _softcapped(q, k, v, mask, causal, scale, softcap)
+    if q.device.type == "cpu" and is_half(v.dtype) and not torch.is_grad_enabled():
+        # Three times as fast for decoding: see _DocumentAttention.
+        q, k, v = q.float(), k.float(), v.float()
+    if grouped and mask is not None and q.device.type != "cpu":
+        # The fused kernels that take a mask take no groups there: repeating keys is cheaper than losing them.
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+        grouped = False
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return y.to(dtype)
+
+
+def _softcapped(q, k, v, mask: Tensor | None, causal: bool, scale: float, softcap: float) -> Tensor:
+    """Attention with scores squeezed by a tanh, which no fused kernel offers. Groups of queries share a key without copies."""
+    groups = q.unflatten(1, (k.shape[1], -1))
+    scores = softcap * torch.tanh(groups @ k[:, :, None].transpose(-1, -2) * (scale / softcap))
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+
+
+# --- FlexAttention (CUDA): skips what documents and windows hide, and knows the soft cap ------------
+
+
+def block_mask(length: int, window: int | None, documents: Tensor | None, batch_size: int, device: torch.device):
+    """FlexAttention's mask of the same sight as causal_mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b, h, query, key):
+        allowed = (query >= key) & (query - key < (window or length))
+        return allowed if documents is None else allowed & (documents[b, query] == documents[b, key])
+
+    batch = None if documents is None else batch_size
+    return create_block_mask(seen, batch, None, length, length, device=device)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask, scale: float, softcap: float | None) -> Tensor:
+    kernel = _compiled_flex() if q.device.type != "cpu" else _plain_flex()
+    grouped = q.shape[1] != k.shape[1]
+    return kernel(q, k, v, _squeezer(softcap) if softcap is not None else None, mask, scale, grouped)
+
+
+@cached
+def _squeezer(softcap: float):
+    """One function for each soft cap: a new one for each call would be compiled anew."""
+
+    def squeeze(score, b, h, query, key):
+        return softcap * torch.tanh(score / softcap)
+
+    return squeeze
+
+
+@cached
+def _plain_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
+
+
+@cached
+def _compiled_flex():
+    return torch.compile(_plain_flex())

@@ -1,0 +1,182 @@
+"""Generation: continue prompts or answer them.
+
+tune run generate model=run/checkpoints/step-00000100 prompt="Why is the sky blue?"
+tune run generate model=Qwen/Qwen3-0.6B prompt.user="Why is the sky blue?" prompt.system="Answer as a pirate."
+tune run generate model=… chat=false 'prompt=[Once upon a time, "Roses are red,"]' output_file=texts.jsonl
+tune run generate model=… < prompt.txt
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from tunesmith import hub
+from tunesmith.configs.generate import Generate
+from tunesmith.configs.generate import Prompt as ChatPrompt
+from tunesmith.data.tokenizer import find_tokenizer
+from tunesmith.errors import UserError
+from tunesmith.generation.engine import Completion, Prompt, generate_completions
+from tunesmith.generation.sampling import Sampling
+from tunesmith.parallel.device import pick_device, supports_bf16
+from tunesmith.training.build import load_model
+from tunesmith.training.preflight import check
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+
+
+def main(config: Generate) -> None:
+    check(config)
+    device = pick_device(config.device)
+    if config.dtype == "bf16" and not supports_bf16(device):
+        raise UserError(f"{device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
+    prompts = read_prompts(config)
+    check_output(config.output_file)
+    model = load_model(
+        config.model,
+        dtype=DTYPES[config.dtype],
+        device=device,
+        adapter=config.adapter,
+        quantize_base=config.quantize_base,
+    )
+    # A model without a template is taken for one that continues text, unless a chat is asked for.
+    is_chat = config.chat or any(isinstance(prompt, ChatPrompt) for prompt in prompts)
+    templates = model.family.chat_templates if is_chat else ()
+    tokenizer = find_tokenizer(config.tokenizer, _tokenizer_folder(config), templates)
+
+    streams = (
+        config.stream if config.stream is not None else len(prompts) * config.num_samples == 1 and sys.stdout.isatty()
+    )
+    names = [(_in_short(prompt), sample) for prompt in prompts for sample in range(config.num_samples)]
+    printer = Printer(names, config.num_samples, sys.stdout)
+    started = time.perf_counter()
+    completions = generate_completions(
+        model,
+        tokenizer,
+        [_messages(prompt) if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts],
+        sampling_of(config),
+        batch_size=1 if streams else config.batch_size,
+        chat=config.chat,
+        on_text=printer.piece if streams else None,
+    )
+    seconds = time.perf_counter() - started
+    if not streams:
+        for index, completion in enumerate(completions):
+            printer.piece(index, completion.text)
+    printer.close()
+    count = sum(len(completion.ids) for completion in completions)
+    print(f"{count} tokens in {seconds:.1f} s ({count / seconds:.0f} tokens/s)", file=sys.stderr)
+    if config.output_file:
+        write_texts(Path(config.output_file), prompts, completions, config.num_samples)
+
+
+def sampling_of(config: Generate) -> Sampling:
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        stop=tuple(config.stop),
+        seed=config.seed,
+        num_samples=config.num_samples,
+    )
+
+
+def read_prompts(config: Generate) -> list[str | ChatPrompt]:
+    """The prompts that the config names, or the one on standard input."""
+    if config.prompt is None:
+        if sys.stdin.isatty():
+            print("Type the prompt; end it with Ctrl-D on a line of its own.", file=sys.stderr)
+        text = sys.stdin.read().removesuffix("\n")
+        if not text:
+            raise UserError("there is no prompt: set `prompt`, or write one to standard input")
+        return [text]
+    prompts: list[str | ChatPrompt] = list(config.prompt) if isinstance(config.prompt, list) else [config.prompt]
+    if not prompts:
+        raise UserError("`prompt` is an empty list: write at least one")
+    return prompts
+
+
+def _tokenizer_folder(config: Generate) -> Path:
+    """An adapter made here brings its tokenizer; others are used with their base's."""
+    model = hub.resolve(config.model)
+    adapter = hub.resolve(config.adapter, what="adapter") if config.adapter else model
+    if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return adapter
+    if (model / "adapter_config.json").is_file() and not (model / "config.json").is_file():
+        return hub.resolve(hub.read_json(model / "adapter_config.json")["base_model_name_or_path"])
+    return model
+
+
+def _messages(prompt: ChatPrompt) -> Prompt:
+    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    return [*system, {"role": "user", "content": prompt.user}]
+
+
+def _in_short(prompt: str | ChatPrompt) -> str:
+    """A prompt's beginning, on one line."""
+    line = " ".join((prompt.user if isinstance(prompt, ChatPrompt) else prompt).split())
+    return line if len(line) <= 60 else line[:59] + "…"
+
+
+class Printer:
+    """Prints texts, or pieces of texts, under a heading each where there are several."""
+
+    def __init__(self, names: list[tuple[str, int]], num_samples: int, stream: TextIO):
+        self._names, self._num_samples, self._stream = names, num_samples, stream
+        self._clean: Callable[[str], str] = _harmless if stream.isatty() else str
+        self._current: int | None = None
+
+    def piece(self, index: int, text: str) -> None:
+        if index != self._current:
+            self._begin(index)
+        self._stream.write(self._clean(text))
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._current is not None:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _begin(self, index: int) -> None:
+        if self._current is not None:
+            self._stream.write("\n\n")
+        self._current = index
+        if len(self._names) > 1:
+            prompt, sample = self._names[index]
+            which = f", sample {sample + 1} of {self._num_samples}" if self._num_samples > 1 else ""
+            total = len(self._names) // self._num_samples
+            self._stream.write(self._clean(f"── {index // self._num_samples + 1} of {total}{which}: {prompt}") + "\n")
+
+
+def _harmless(text: str) -> str:
+    """Without control characters: what a model writes must not command the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def check_output(path: str | None) -> None:
+    """Raise UserError before any work where the texts could not be written."""
+    if path is not None and not Path(path).resolve().parent.is_dir():
+        raise UserError(f"`output_file`: there is no folder {Path(path).resolve().parent}; make it first")
+    if path is not None and Path(path).is_dir():
+        raise UserError(f"`output_file`: {path} is a folder; name a file in it")
+
+
+def write_texts(path: Path, prompts: list[str | ChatPrompt], completions: list[Completion], num_samples: int) -> None:
+    """One row {prompt, text} a completion (and the system message, where there is one)."""
+    rows = []
+    for index, completion in enumerate(completions):
+        prompt = prompts[index // num_samples]
+        row = {"prompt": prompt.user, "system": prompt.system} if isinstance(prompt, ChatPrompt) else {"prompt": prompt}
+        rows.append({name: value for name, value in (row | {"text": completion.text}).items() if value is not None})
+    try:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"`output_file`: {path} could not be written ({error.strerror}): choose another") from error

@@ -1,0 +1,340 @@
+"""What can be checked before weights are loaded: model and adapter files, data, templates, packages, folders. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import ConfigError, UserError
+from tunesmith.hub import follow_latest
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+ADAPTER_FILE = "adapter_config.json"
+
+
+def check(config: Any) -> list[str]:
+    """Check a loaded config against the machine and its files; returns what could not be checked yet.
+
+    Raises ConfigError with one line per finding.
+    """
+    notes: list[str] = []
+    findings = [finding for part in _PARTS for finding in part(config, notes)]
+    if findings:
+        raise ConfigError("\n".join(dict.fromkeys(findings)))
+    return notes
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def _model(config: Any, notes: list[str]) -> Iterator[str]:
+    name, from_scratch = config.model, bool(getattr(config, "from_scratch", False))
+    folder = follow_latest(Path(name).expanduser())
+    if not folder.exists():
+        yield from _not_a_folder("model", name, notes, named_sizes=from_scratch)
+    elif not folder.is_dir():
+        yield f"`model`: {name} is a file; name the folder that holds it and its config.json"
+    elif (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
+        adapters_may_stand_for_models = not hasattr(config, "weights")
+        if not adapters_may_stand_for_models:
+            yield f"`model`: {name} is a PEFT adapter; name its base as `model` and the adapter as `weights.adapter`"
+        else:
+            yield from _adapter("model", folder, getattr(config, "base", None), notes)
+    else:
+        yield from _model_folder(folder, weights=not from_scratch)
+
+
+def _not_a_folder(option: str, name: str, notes: list[str], named_sizes: bool = False) -> Iterator[str]:
+    """A name that is no folder here: a named size, a Hub id, or a mistake."""
+    from tunesmith.models.families import named_sizes as all_sizes
+
+    sizes = all_sizes() if name.count("/") == 1 else {}
+    if name in sizes:
+        if not named_sizes:
+            yield f"`{option}`: {name} is a named size, for training from scratch; its trained weights are {sizes[name][2]}"
+    elif HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") and not _is_cached(name):
+            yield f"`{option}`: there is no folder {name}, and HF_HUB_OFFLINE is set while the Hub cache has no such model"
+        else:
+            notes.append(f"{name} is taken for a Hub id, which is looked up when the run starts")
+    else:
+        yield f"`{option}`: there is no folder {name}, and a Hub id has the form owner/name"
+
+
+def _is_cached(repo: str) -> bool:
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return any((cache / f"models--{repo.replace('/', '--')}" / "snapshots").glob("*/*"))
+
+
+def _model_folder(folder: Path, weights: bool) -> Iterator[str]:
+    from tunesmith.models.families import model_config
+
+    if not (folder / "config.json").is_file():
+        if (folder / "original" / "params.json").is_file():
+            yield f"{folder}: no config.json; Meta's weights are in {folder / 'original'}: name that folder"
+        elif not (folder / "params.json").is_file():
+            run = folder / "checkpoints" / "latest"
+            yield f"{folder}: no config.json, so this is no model folder" + (
+                f"; the run's model is {run}" if run.exists() else ""
+            )
+        return
+    try:
+        model_config(folder)
+    except UserError as error:
+        yield str(error)
+    if weights:
+        yield from _weights(folder)
+
+
+def _weights(folder: Path) -> Iterator[str]:
+    """Missing shards and damaged files."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, UnicodeDecodeError):
+            yield f"{index}: damaged (no weight_map can be read); download it again"
+            return
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            yield f"{folder}: {len(missing)} of {len(shards)} weight files are missing ({named}); download the model again"
+        files = [folder / shard for shard in shards if shard not in missing]
+    else:
+        files = [file for file in [folder / "model.safetensors"] if file.is_file()]
+        if not files and any(folder.glob("*.safetensors")):
+            yield f"{folder}: neither model.safetensors nor model.safetensors.index.json, which names the files of weights; download the model again"
+        elif not files and not _has_other_weights(folder):
+            yield f"{folder}: no *.safetensors: no weights"
+    for file in files:
+        if damage := damaged(file):
+            yield f"{file}: {damage}" + ("" if "git lfs" in damage else "; download it again")
+
+
+def _has_other_weights(folder: Path) -> bool:
+    """Whether there are PyTorch files, of which tensors alone are read: Hugging Face's older ones, or Meta's."""
+    patterns = (
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "consolidated.*.pth",
+        "original/consolidated.*.pth",
+    )
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def damaged(file: Path) -> str | None:
+    """What is wrong with a safetensors file, told from its header and size; None if nothing is."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        head = opened.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if head == b"version ":
+            return "a Git LFS pointer, not the weights themselves; run `git lfs pull`"
+        if len(head) < 8 or not 2 <= length <= 100_000_000:
+            return "not a safetensors file" if size else "empty"
+        if 8 + length > size:
+            return f"cut off: {size:,} bytes, and its header alone needs {8 + length:,}"
+        try:
+            header = json.loads(opened.read(length))
+            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return "damaged header"
+    if size != 8 + length + end:
+        return f"{'cut off' if size < 8 + length + end else 'too long'}: {size:,} bytes instead of {8 + length + end:,}"
+    return None
+
+
+def _adapters(config: Any, notes: list[str]) -> Iterator[str]:
+    for option, name in (
+        ("adapter", getattr(config, "adapter", None)),
+        ("weights.adapter", _get(config, "weights", "adapter")),
+    ):
+        if name is None:
+            continue
+        folder = follow_latest(Path(name).expanduser())
+        if not folder.exists():
+            yield from _not_a_folder(option, name, notes)
+        elif not (folder / ADAPTER_FILE).is_file():
+            yield f"`{option}`: {name} holds no {ADAPTER_FILE}, so it is no PEFT adapter"
+        else:
+            yield from _adapter(option, folder, config.model, notes)
+
+
+def _adapter(option: str, folder: Path, base: str | None, notes: list[str]) -> Iterator[str]:
+    """An adapter's own files, and its base where nothing else names one."""
+    try:
+        named = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError, UnicodeDecodeError):
+        yield f"{folder / ADAPTER_FILE}: not valid JSON"
+        return
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        yield f"{folder}: no adapter_model.safetensors, so this adapter has no weights"
+    elif damage := damaged(weights):
+        yield f"{weights}: {damage}"
+    if base is None and not named:
+        yield f"{folder / ADAPTER_FILE}: names no base model; give it as `base`"
+    elif base is None and not Path(named).expanduser().exists():
+        yield from _not_a_folder(f"{option} (base of {folder})", named, notes)
+
+
+def _tokenizer(config: Any, notes: list[str]) -> Iterator[str]:
+    tokenizer = getattr(config, "tokenizer", None)
+    if tokenizer is None:
+        return
+    if tokenizer.path is not None and not Path(tokenizer.path).expanduser().exists():
+        yield from _not_a_folder("tokenizer.path", tokenizer.path, notes)
+    template = tokenizer.chat_template
+    built_in = Path(__file__).parents[1] / "data" / "templates"
+    if (
+        template is not None
+        and "{{" not in template
+        and "{%" not in template
+        and not Path(template).expanduser().is_file()
+    ):
+        names = sorted(file.stem for file in built_in.glob("*.jinja"))
+        if template not in names:
+            yield f"`tokenizer.chat_template`: no file {template}, and no built-in template of that name ({', '.join(names)})"
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def _data(config: Any, notes: list[str]) -> Iterator[str]:
+    for option in ("dataset", "dataset_val"):
+        given = getattr(config, option, None)
+        sources = given if isinstance(given, list) else [given] if given else []
+        if isinstance(given, list) and not given:
+            yield f"`{option}` is an empty list; name at least one source"
+        for index, source in enumerate(sources):
+            dotted = f"{option}.{index}" if isinstance(given, list) else option
+            yield from _source(source, dotted, notes)
+            if source.packed and config.tokenizer.max_seq_len is None:
+                notes.append(
+                    f"`{dotted}.packed` fills rows to the default length, as `tokenizer.max_seq_len` is not set"
+                )
+
+
+def _source(source: Any, option: str, notes: list[str]) -> Iterator[str]:
+    from tunesmith.data import named
+
+    name = source.source
+    if source.reader is not None:
+        if not _importable(source.reader):
+            yield f"`{option}.reader`: no module {source.reader.rpartition('.')[0]} can be imported"
+        return
+    if name in named.NAMED or Path(name).expanduser().exists():
+        try:
+            named.resolve(source)
+        except UserError as error:
+            yield f"`{option}.source`: {error}"
+        return
+    if any(sign in name for sign in "*?["):
+        base = Path(name).expanduser()
+        if not any(base.parent.glob(base.name)) and "**" not in name:
+            yield f"`{option}.source`: no file matches {name}"
+    elif Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet", ".txt", ".tsv", ".gz") or name.startswith(
+        (".", "/", "~")
+    ):
+        yield f"`{option}.source`: there is no file {name}"
+    elif HUB_ID.fullmatch(name):
+        if importlib.util.find_spec("datasets") is None:
+            yield f"`{option}.source`: {name} is taken for a Hub id, which needs the package datasets: pip install 'tunesmith[datasets]'"
+        notes.append(f"{name} is taken for a Hub id, which is looked up when the run starts")
+    else:
+        import difflib
+
+        near = difflib.get_close_matches(name, named.NAMED, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else "; `tune ls` lists the built-in names"
+        yield f"`{option}.source`: {name} is no file, folder or built-in data set{hint}"
+
+
+# --- where and with what -------------------------------------------------------------------------
+
+
+def is_restart() -> bool:
+    """Whether torchrun started this process again, after one of the run's processes failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def _output(config: Any, notes: list[str]) -> Iterator[str]:
+    folder = getattr(config, "output_dir", None)
+    if folder is None:
+        return
+    path = Path(folder).expanduser()
+    resumes = getattr(config, "resume_from_checkpoint", False) or is_restart()
+    if path.exists() and not path.is_dir():
+        yield f"`output_dir`: {folder} is a file"
+    elif path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()) and not resumes:
+        cure = (
+            ", or set `resume_from_checkpoint=true` to go on from its newest checkpoint"
+            if hasattr(config, "epochs")
+            else ""
+        )
+        yield f"`output_dir`: {folder} is not empty; choose another{cure}"
+    else:
+        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not os.access(existing, os.W_OK):
+            yield f"`output_dir`: {folder} can't be written to"
+
+
+def _layout(config: Any, notes: list[str]) -> Iterator[str]:
+    """Layouts over several processes, refused until they are there."""
+    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        yield f"{processes} processes were started, but training on several devices is not there yet: start one"
+    for axis in (
+        "data_parallel_shard",
+        "data_parallel_replicate",
+        "tensor_parallel",
+        "context_parallel",
+        "pipeline_parallel",
+        "expert_parallel",
+    ):
+        if getattr(config, f"{axis}_dim", 1) > 1:
+            yield f"`{axis}_dim`: training on several devices is not there yet; leave it at 1"
+
+
+_EXTRAS = {
+    ("metric_logger", "tensorboard"): ("tensorboard", "tensorboard"),
+    ("metric_logger", "wandb"): ("wandb", "wandb"),
+    ("metric_logger", "comet"): ("comet_ml", "comet"),
+    ("metric_logger", "mlflow"): ("mlflow", "mlflow"),
+    ("optimizer", "adamw_8bit"): ("torchao", "torchao"),
+}
+"""{(section, type): (package, extra)}."""
+
+
+def _packages(config: Any, notes: list[str]) -> Iterator[str]:
+    for section in ("optimizer", "metric_logger"):
+        kind = _get(config, section, "type")
+        if kind is None:
+            continue
+        if (section, kind) in _EXTRAS:
+            package, extra = _EXTRAS[section, kind]
+            if importlib.util.find_spec(package) is None:
+                yield f"`{section}.type: {kind}` needs the package {package}, which is not installed: pip install 'tunesmith[{extra}]'"
+        elif "." in kind and not _importable(kind):
+            yield f"`{section}.type`: no module {kind.rpartition('.')[0]} can be imported; is its package installed?"
+
+
+def _importable(dotted: str) -> bool:
+    """Whether the package of a dotted path is there; nothing is imported."""
+    try:
+        return importlib.util.find_spec(dotted.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _get(config: Any, section: str, option: str) -> Any:
+    return getattr(getattr(config, section, None), option, None)
+
+
+_PARTS = (_model, _adapters, _tokenizer, _data, _output, _layout, _packages)
