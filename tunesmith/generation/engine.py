@@ -260,7 +260,7 @@ def context_length(config: DecoderConfig) -> int:
 def _encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None) -> list[int]:
     if isinstance(prompt, str):
         if chat or (chat is None and tokenizer.chat_template is not None):
-            return tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)[0]
+            return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
         ids = tokenizer.encode(prompt)
         return ids or ([tokenizer.bos_id] if tokenizer.bos_id is not None else [])
     if isinstance(prompt, dict):
@@ -268,7 +268,7 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None) -> list[int
             "a prompt is a text, a list of token ids or a list of messages, got one message: put it in a list"
         )
     if prompt and isinstance(prompt[0], dict):
-        return tokenizer.encode_chat(list(prompt), add_generation_prompt=True)[0]  # type: ignore[arg-type]
+        return tokenizer.encode_prompt(list(prompt))  # type: ignore[arg-type]
     return [int(number) for number in prompt]  # type: ignore[arg-type]
 
 
