@@ -88,7 +88,7 @@ def train(words: list[str], steps: int) -> None:
     tokenizer = load_tokenizer(config.tokenizer.path)
     data = text_batches(config, tokenizer, mesh, max_seq_len=config.tokenizer.max_seq_len)
     model = random_model(config, source, mesh)
-    optimizer = build_optimizer(model, config, steps, mesh.device)
+    optimizer = build_optimizer(model, config, steps, mesh)
     mark("model", device=device_name(mesh.device), flops_per_token=flops_per_token(model, config.tokenizer.max_seq_len))
 
     def loss(head, hidden, batch):
@@ -123,7 +123,7 @@ def random_model(config, source, mesh):
             model, weights.rank, weights.alpha, weights.dropout, weights.target_modules,
             quantize_base=weights.quantize_base, dtype=torch.float32,
         )  # fmt: skip
-    parallelize(model, list(model.model.layers.values()), mesh, source.family.tp_plan, config)
+    parallelize(model, mesh, source.family.tp_plan, config)
     model.to_empty(device=mesh.device)
     model.init_buffers(mesh.device, config.tokenizer.max_seq_len)
     with torch.no_grad():

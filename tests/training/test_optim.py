@@ -10,6 +10,7 @@ from torch import nn
 from tunesmith.configs import shared
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.errors import UserError
+from tunesmith.parallel.mesh import start_mesh
 from tunesmith.training.optim import build_optimizer
 
 
@@ -48,7 +49,7 @@ def run(model, optimizer, steps):
     for step in steps:
         optimizer.set_step(step)
         inputs = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
-        optimizer.backward(model(inputs).square().mean())
+        optimizer.scaled(model(inputs).square().mean()).backward()
         optimizer.step(finite_loss=True)
 
 
@@ -59,7 +60,7 @@ def test_state_round_trip_continues_to_the_bit(config, in_backward):
     settings = TrainSettings(dtype="fp32", optimizer=config, optimizer_in_bwd=in_backward, lr_scheduler=shared.Cosine())
 
     def build(model):
-        return build_optimizer(model, settings, 6, torch.device("cpu"))
+        return build_optimizer(model, settings, 6, start_mesh(torch.device("cpu")))
 
     through = network()
     run(through, build(through), range(1, 7))
@@ -102,4 +103,4 @@ def test_wrong_third_party_optimizers_are_named():
     ]:
         settings = TrainSettings(dtype="fp32", optimizer=shared.ThirdPartyOptimizer(kind, options=options))
         with pytest.raises(UserError, match=text):
-            build_optimizer(network(), settings, 1, torch.device("cpu"))
+            build_optimizer(network(), settings, 1, start_mesh(torch.device("cpu")))

@@ -44,7 +44,7 @@ def test_everything_at_once(model):
     words = [
         "model=absent",
         "dataset.source=absent.jsonl",
-        "tensor_parallel_dim=2",
+        "expert_parallel_dim=2",
         "optimizer.type=nopackage.Adam",
         "tokenizer.chat_template=chatlm",
     ]
@@ -53,7 +53,7 @@ def test_everything_at_once(model):
     for part in (
         "there is no folder absent",
         "there is no file absent.jsonl",
-        "`tensor_parallel_dim`",
+        "`expert_parallel_dim`",
         "nopackage",
         "no file chatlm",
     ):
@@ -200,9 +200,15 @@ def test_data(model):
     assert "no module nopackage" in findings("sft", "dataset.reader=nopackage.read")[0]
 
 
-def test_several_processes_are_refused_before_they_meet_in_the_run_folder(model, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert findings("sft") == ["2 processes were started, but training on several devices is not there yet: start one"]
+def test_a_layout_that_does_not_fit_the_number_of_processes_is_refused_before_they_meet(model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert findings("sft") == [] and findings("sft", "tensor_parallel_dim=2") == []
+    [said] = findings("sft", "tensor_parallel_dim=4")
+    assert said == "`tensor_parallel_dim: 4` needs a multiple of 4 processes, but 6 were started"
+    [said] = findings("sft", "data_parallel_shard_dim=2", "data_parallel_replicate_dim=2")
+    assert said.startswith(
+        "`data_parallel_replicate_dim: 2` x `data_parallel_shard_dim: 2` makes 4 processes, but 6 were started"
+    )
 
 
 def test_output_folder(model, monkeypatch):

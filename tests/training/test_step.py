@@ -40,7 +40,7 @@ def micro_batches(size, **kwargs):
 def train(folder, size, steps=3, **settings):
     model = load_model(folder).train().requires_grad_(True)
     config = TrainSettings(**{"dtype": "fp32", "optimizer": shared.AdamW(lr=1e-3), **settings})
-    optimizer = build_optimizer(model, config, steps, CPU)
+    optimizer = build_optimizer(model, config, steps, start_mesh(CPU))
     mesh = start_mesh(CPU)
     stats = [train_step(model, optimizer, micro_batches(size, seed=s), loss_fn, mesh, s) for s in range(1, steps + 1)]
     return model, stats
@@ -91,7 +91,7 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model, settings):
     def gradients(**settings):
         model = load_model(tiny_model).train().requires_grad_(True)
         config = TrainSettings(dtype="fp32", **settings)
-        parallelize(model, list(model.model.layers.values()), start_mesh(CPU), {}, config)
+        parallelize(model, start_mesh(CPU), {}, config)
         batch = micro_batches(8)[0]
         model.lm_head.cross_entropy(model(batch.input_ids, batch.positions), batch.labels).backward()
         return {name: p.grad for name, p in model.named_parameters()}
@@ -103,7 +103,7 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model, settings):
 
 def test_a_batch_without_labels_gives_a_zero_gradient(tiny_model):
     model = load_model(tiny_model).train().requires_grad_(True)
-    optimizer = build_optimizer(model, TrainSettings(dtype="fp32", optimizer=shared.SGD(lr=0.1)), 1, CPU)
+    optimizer = build_optimizer(model, TrainSettings(dtype="fp32", optimizer=shared.SGD(lr=0.1)), 1, start_mesh(CPU))
     before = {name: p.clone() for name, p in model.named_parameters()}
     batch = micro_batches(8)[0]
     batch = Batch(batch.input_ids, torch.full_like(batch.labels, IGNORED), batch.positions)
@@ -120,7 +120,7 @@ def broken_loss(head, hidden, batch):
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_weights(tiny_model, in_backward):
     model = load_model(tiny_model).train().requires_grad_(True)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, TrainSettings(dtype="fp32", optimizer_in_bwd=in_backward), 1, CPU)
+    optimizer = build_optimizer(model, TrainSettings(dtype="fp32", optimizer_in_bwd=in_backward), 1, start_mesh(CPU))
     with pytest.raises(UserError, match="step 1: the loss is not finite"):
         train_step(model, optimizer, micro_batches(8), broken_loss, start_mesh(CPU), 1)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
@@ -130,7 +130,7 @@ def test_such_steps_and_large_gradients_can_be_skipped(tiny_model):
     for settings, loss in [({"skip_nonfinite_steps": True}, broken_loss), ({"skip_grad_norm_above": 1e-6}, loss_fn)]:
         model = load_model(tiny_model).train().requires_grad_(True)
         before = {name: p.clone() for name, p in model.named_parameters()}
-        optimizer = build_optimizer(model, TrainSettings(dtype="fp32", **settings), 1, CPU)
+        optimizer = build_optimizer(model, TrainSettings(dtype="fp32", **settings), 1, start_mesh(CPU))
         assert train_step(model, optimizer, micro_batches(8), loss, start_mesh(CPU), 1).skipped
         assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -145,7 +145,7 @@ def test_fp16_scales_the_loss_and_survives_an_overflow(tiny_model):
 
 def test_validation_weights_every_token_the_same(tiny_model):
     model = load_model(tiny_model)
-    optimizer = build_optimizer(model.requires_grad_(True), TrainSettings(dtype="fp32"), 1, CPU)
+    optimizer = build_optimizer(model.requires_grad_(True), TrainSettings(dtype="fp32"), 1, start_mesh(CPU))
     mesh = start_mesh(CPU)
     whole = validation_loss(model, optimizer, [micro_batches(8)], loss_fn, mesh)
     assert validation_loss(model, optimizer, [[b] for b in micro_batches(3)], loss_fn, mesh) == pytest.approx(
@@ -158,7 +158,7 @@ def test_a_term_without_a_count_is_an_error(tiny_model):
         return {"loss": (head.cross_entropy(hidden, batch.labels), "pairs")}
 
     model = load_model(tiny_model).train().requires_grad_(True)
-    optimizer = build_optimizer(model, TrainSettings(dtype="fp32"), 1, CPU)
+    optimizer = build_optimizer(model, TrainSettings(dtype="fp32"), 1, start_mesh(CPU))
     with pytest.raises(KeyError, match="pairs"):
         train_step(model, optimizer, micro_batches(8), pairs, start_mesh(CPU), 1)
 
@@ -166,7 +166,7 @@ def test_a_term_without_a_count_is_an_error(tiny_model):
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_the_gradient_norm_is_exact_also_in_bfloat16(tiny_model, in_backward):
     model = load_model(tiny_model, dtype="bfloat16").train().requires_grad_(True)
-    optimizer = build_optimizer(model, TrainSettings(dtype="bf16", optimizer_in_bwd=in_backward), 1, CPU)
+    optimizer = build_optimizer(model, TrainSettings(dtype="bf16", optimizer_in_bwd=in_backward), 1, start_mesh(CPU))
     squares = []
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: squares.append(gradient.double().square().sum().item()))

@@ -95,10 +95,6 @@ def _visit(model: CausalLM, device: torch.device) -> None:
         if _owner(module)._parameters:
             module.register_forward_pre_hook(come)
             module.register_forward_hook(go)
-    head = model.lm_head
-    # A head is asked for logits by name, which calls no hooks.
-    compute = head.logits
-    head.logits = lambda hidden: (come(head, ()), compute(hidden), go(head, (), None))[1]  # type: ignore[method-assign]
 
 
 def _owner(module: nn.Module) -> nn.Module:

@@ -21,7 +21,8 @@ from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.models.weights import model_name
 from tunesmith.nn.head import Head
 from tunesmith.nn.lora import ADAPTER_PARAMETERS
-from tunesmith.nn.quantize import NF4Linear
+from tunesmith.nn.part import Part, local_tensor, parameter_parts, shard_rows
+from tunesmith.nn.quantize import BLOCK_SIZE, NF4Linear, quantize_nf4
 
 
 def read_model_config(folder: str | Path) -> tuple[dict[str, Any], Family, DecoderConfig]:
@@ -76,12 +77,18 @@ class _Target:
 
     module: nn.Module
     leaf: str
-    shape: torch.Size
-    takes_itself: bool
+    part: Part
+    """What of the whole tensor is kept here; of a quantized layer before `fully_shard` cuts its blocks."""
+    is_quantized: bool
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.module.get_parameter(self.leaf)
+        return self.module.get_parameter("weight_nf4" if self.is_quantized else self.leaf)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole."""
+        return torch.Size(self.part.shape)
 
     @property
     def may_grow(self) -> bool:
@@ -91,14 +98,15 @@ class _Target:
 
 def _targets(model: nn.Module) -> dict[str, _Target]:
     """Name -> place of everything that a checkpoint of the (base) model holds."""
-    found = {}
+    found, parts = {}, parameter_parts(model)
+    cut: dict[str, Part] = getattr(model, "tensor_parts", {})
     for prefix, module in model.named_modules():
-        own = module.weight_shapes() if isinstance(module, NF4Linear) else {}
-        for leaf, shape in own.items():
-            found[f"{prefix}.{leaf}"] = _Target(module, leaf, shape, True)
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if leaf not in ADAPTER_PARAMETERS and not (own and leaf == "weight_nf4"):
-                found[f"{prefix}.{leaf}"] = _Target(module, leaf, parameter.shape, False)
+        quantized = module.weight_shapes() if isinstance(module, NF4Linear) else {}
+        for leaf, shape in quantized.items():
+            found[f"{prefix}.{leaf}"] = _Target(module, leaf, cut.get(f"{prefix}.{leaf}") or Part.whole(shape), True)
+        for leaf, _ in module.named_parameters(recurse=False):
+            if leaf not in ADAPTER_PARAMETERS and not (quantized and leaf == "weight_nf4"):
+                found[f"{prefix}.{leaf}"] = _Target(module, leaf, parts[f"{prefix}.{leaf}"], False)
     return found
 
 
@@ -109,7 +117,7 @@ def load_weights(
     new_rows_from: int | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Read the weights in `folder` into `model`, tensor by tensor; adapters are left as they are.
+    """Read the weights in `folder` into `model`, tensor by tensor; adapters are left as they are. On a mesh each rank reads its own part.
 
     Parameters that have memory get a copy, in their own number type and on their own device. Parameters on meta are made on `device`; on the
     CPU, where number type and address permit, without reading: their memory is the mapped file, private pages being made where it is changed.
@@ -149,7 +157,7 @@ def load_weights(
 
 def _is_mapped(target: _Target, stored: StoredTensor, device: torch.device) -> bool:
     """Whether the mapped file can serve as the parameter's memory."""
-    if target.takes_itself or device.type != "cpu" or not target.parameter.is_meta:
+    if target.is_quantized or device.type != "cpu" or not target.parameter.is_meta or not target.part.is_whole:
         return False
     return stored.dtype == target.parameter.dtype and stored.shape == target.shape and stored.is_aligned
 
@@ -160,19 +168,43 @@ def _replace(target: _Target, values: Tensor) -> None:
 
 @torch.no_grad()
 def _load_one(target: _Target, stored: StoredTensor, device: torch.device) -> None:
-    if target.takes_itself:
-        assert isinstance(target.module, NF4Linear)
-        target.module.load_weight(target.leaf, stored.tensor(), device)
+    if target.is_quantized:
+        _quantize(target, stored, device)
         return
     if target.parameter.is_meta:
-        _replace(target, torch.empty(target.shape, dtype=target.parameter.dtype, device=device))
-    parameter = target.parameter
+        _replace(target, torch.empty(target.part.local_shape, dtype=target.parameter.dtype, device=device))
+    local = local_tensor(target.parameter)
     if stored.shape == target.shape:
-        stored.read_into(parameter)
+        stored.read_into(local, target.part)
         return
-    old = parameter[: stored.shape[0]]
-    stored.read_into(old)
-    parameter[stored.shape[0] :] = old.float().mean(0).to(parameter.dtype)
+    old_rows = stored.shape[0]
+    done = 0
+    for start, stop in target.part.rows:  # rows beyond those in the file start at the mean of the old ones
+        known = Part(tuple(stored.shape), ((start, max(start, min(stop, old_rows))),), target.part.columns)
+        count = known.local_shape[0]
+        stored.read_into(local[done : done + count], known)
+        if count < stop - start:
+            mean = Part(target.part.shape, ((0, 1),), target.part.columns).take(stored.tensor().float().mean(0)[None])
+            local[done + count : done + stop - start] = mean.to(local)
+        done += stop - start
+
+
+def _quantize(target: _Target, stored: StoredTensor, device: torch.device) -> None:
+    """Read the rows in which this rank's blocks lie, and quantize those blocks alone."""
+    layer, part = target.module, target.part
+    assert isinstance(layer, NF4Linear)
+    if layer.weight_nf4.is_meta:
+        layer.load_weight(target.leaf, stored.tensor(), device)
+        return
+    columns = part.local_shape[1]
+    first, last = (BLOCK_SIZE * block for block in shard_rows(layer.weight_nf4))
+    rows = part.local_rows(first // columns, -(-last // columns))
+    dense = torch.empty(rows.local_shape, dtype=stored.dtype)
+    stored.read_into(dense, rows)
+    skipped = first % columns
+    own = dense.flatten()[skipped : skipped + last - first]
+    local = local_tensor(layer.weight_nf4)
+    local.copy_(quantize_nf4(own.to(local.device)))
 
 
 def _check_names(folder: Path, missing: list[str], unexpected: list[str]) -> None:

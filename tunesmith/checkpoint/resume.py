@@ -22,13 +22,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from tunesmith.checkpoint.hf import verify, write_tensors
 from tunesmith.errors import UserError
 from tunesmith.parallel import device as accelerator
+from tunesmith.parallel.mesh import Mesh
 
 _NAME = re.compile(r"step-(\d{8,})")
 RESUME = "resume"
@@ -52,14 +52,14 @@ class Checkpoints:
         optimizer: Any,
         data: Any,
         fingerprint: dict[str, Any],
-        device: torch.device,
+        mesh: Mesh,
         keep_last: int | None = None,
         background: bool = False,
     ):
         self.folder = run_folder / "checkpoints"
         self.counters: dict[str, Any] = {}
         self.last_saved: int | None = None
-        self._stage_model, self._optimizer, self._data, self._device = stage_model, optimizer, data, device
+        self._stage_model, self._optimizer, self._data, self._mesh = stage_model, optimizer, data, mesh
         self._fingerprint, self._keep_last = fingerprint, keep_last
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._pending: Future[None] | None = None
@@ -81,7 +81,7 @@ class Checkpoints:
             "python_random": random.getstate(),
         }
         tensors = {f"optimizer::{name}": tensor for name, tensor in tensors.items()}
-        tensors |= {f"rng::{name}": tensor for name, tensor in accelerator.rng_state(self._device).items()}
+        tensors |= {f"rng::{name}": tensor for name, tensor in accelerator.rng_state(self._mesh.device).items()}
         if self._pool is None:
             self._write(target, write_model, tensors, state)
         else:
@@ -158,7 +158,7 @@ class Checkpoints:
         self._data.load_state(state["data"])
         self.counters = dict(state["counters"])
         accelerator.set_rng_state(
-            self._device, {n.removeprefix("rng::"): t for n, t in tensors.items() if n.startswith("rng::")}
+            self._mesh.device, {n.removeprefix("rng::"): t for n, t in tensors.items() if n.startswith("rng::")}
         )
         version, internal, gauss = state["python_random"]
         random.setstate((version, tuple(internal), gauss))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import UserError
+from tunesmith.nn.part import Part
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,6 +40,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64  # bytes, of the first tensor in files we write: what vector instructions like best
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_ROWS_AT_ONCE = 16 << 20  # bytes
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -57,9 +59,10 @@ class StoredTensor:
         """Its values on the CPU, if possible without reading them yet; changing them never changes the file."""
         raise NotImplementedError
 
-    def read_into(self, target: Tensor) -> None:
-        """Copy its values into `target` of the same shape, on any device and of any number type."""
-        target.copy_(self.tensor())
+    def read_into(self, target: Tensor, part: Part | None = None) -> None:
+        """Copy its values, or those of `part`, into `target` of the same shape, on any device and of any number type."""
+        whole = self.tensor()
+        target.copy_(whole if part is None else part.take(whole))
 
     @property
     def is_aligned(self) -> bool:
@@ -84,12 +87,41 @@ class MappedTensor(StoredTensor):
         flat = torch.empty(0, dtype=self.dtype)
         return flat.set_(whole, self.start // self.dtype.itemsize, self.shape)  # type: ignore[call-overload]
 
-    def read_into(self, target: Tensor) -> None:
+    def read_into(self, target: Tensor, part: Part | None = None) -> None:
+        if part is None or part.is_whole:
+            self._read(0, target)
+            return
+        done, width = 0, math.prod(self.shape[1:])
+        for start, stop in part.rows:
+            # Columns lie scattered: some rows are read whole at a time, and what isn't wanted is dropped.
+            most = (
+                stop - start if part.columns is None else max(1, _ROWS_AT_ONCE // max(width * self.dtype.itemsize, 1))
+            )
+            for first in range(start, stop, most):
+                count = min(most, stop - first)
+                own = target[done : done + count]
+                done += count
+                if part.columns is None:
+                    self._read(first * width, own)
+                    continue
+                rows = torch.empty(count, *self.shape[1:], dtype=self.dtype)
+                self._read(first * width, rows)
+                own.copy_(rows[:, slice(*part.columns)])
+
+    def _read(self, skipped: int, target: Tensor) -> None:
+        """Fill `target` with what stands behind the first `skipped` numbers."""
+        if not target.numel():
+            return
+        start = self.start + skipped * self.dtype.itemsize
         if target.device.type == "cpu" and target.dtype == self.dtype and target.is_contiguous():
             # One copy from the page cache, without mapping pages first.
-            self.file.read(self.start, _view_bytes(target))
-        else:
+            self.file.read(start, _view_bytes(target))
+        elif target.numel() == math.prod(self.shape):
             target.copy_(self.tensor())
+        else:
+            values = torch.empty(target.shape, dtype=self.dtype)
+            self.file.read(start, _view_bytes(values))
+            target.copy_(values)
 
     @property
     def is_aligned(self) -> bool:

@@ -459,18 +459,30 @@ class TrainSettings(RunSettings):
     """Compute the validation loss this often, and at the end; null: only at the end, if there is validation data."""
     max_val_steps: int | None = None
     """Micro-batches per validation; null: all."""
+    param_dtype: Literal["bf16", "fp32"] | None = None
+    """Number type in which trained weights are kept, if not dtype: fp32 with dtype bf16 computes in bf16 over fp32 master weights."""
+    reduce_dtype: Literal["bf16", "fp32"] = "fp32"
+    """Number type in which gradients are summed over ranks."""
     data_parallel_shard_dim: int = -1
     """Ranks that share one copy of the weights (FSDP); -1: all that are left."""
     data_parallel_replicate_dim: int = 1
-    """Copies of the weights (HSDP, DDP)."""
+    """Copies of the weights (HSDP; DDP with data_parallel_shard_dim 1)."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Whether a layer's weights are let go between forward and backward: always saves memory, never saves messages; default: always but with a pipeline."""
+    fsdp_cpu_offload: bool = False
+    """Keep weights, gradients and optimizer states in host memory; weights visit the device layer by layer."""
     tensor_parallel_dim: int = 1
     """Ranks that split each matrix."""
+    sequence_parallel: bool = True
+    """With tensor parallelism: between the halves of a layer each rank holds its part of the tokens instead of all."""
     context_parallel_dim: int = 1
     """Ranks that split each sequence."""
     pipeline_parallel_dim: int = 1
     """Ranks that split the layers."""
     expert_parallel_dim: int = 1
     """Ranks that split the experts."""
+    dist_timeout_seconds: float = 1800.0
+    """A message between ranks that takes longer than this ends the run: a rank died or hangs."""
 
     def problems(self):
         yield from super().problems()

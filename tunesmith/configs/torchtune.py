@@ -147,8 +147,6 @@ HARMLESS: dict[str, tuple] = {
     "log_level": ("DEBUG", "INFO", "WARN", "WARNING", "ERROR", None),
     "enable_fp8_training": (False, None),
     "fp8_recipe_name": (None, "tensorwise"),
-    "fsdp_cpu_offload": (False, None),
-    "fsdp_reshard_after_forward": (True, None),
     "tensor_parallel_plan": (None,),
     "context_parallel_rotate_method": ("allgather", None),
     "quantizer": (None,),
@@ -269,6 +267,10 @@ class _Translation:
         entries = dict(node.value)
         named = entries.pop("_component_", None)
         return named, str(named.value) if named is not None else "", entries
+
+    def _fsdp_reshard_after_forward(self, node: Node) -> None:
+        ours = {True: "always", False: "never"}.get(node.value, node.value)
+        self.put("fsdp_reshard_after_forward", Node(ours, node.place))
 
     # --- model, tokenizer, checkpointer ---
 

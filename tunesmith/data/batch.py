@@ -5,9 +5,11 @@ B rows, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -37,6 +39,26 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens processed, padding included."""
         return self.input_ids.numel()
+
+    def padded_to(self, length: int) -> Batch:
+        """The same rows, `length` tokens long: behind them stands padding, which has no loss."""
+        more = length - self.input_ids.shape[1]
+        return self.map_tokens(lambda tokens, fill: F.pad(tokens, (0, more), value=fill)) if more else self
+
+    def map_tokens(self, change: Callable[[Tensor, int], Tensor]) -> Batch:
+        """The batch with change(tensor, what stands for padding) in place of every (B, T); what it counts stays as it was."""
+        extra = {
+            name: change(tensor, 0) if tensor.shape[:2] == self.input_ids.shape else tensor
+            for name, tensor in self.extra.items()
+        }
+        return replace(
+            self,
+            input_ids=change(self.input_ids, 0),
+            labels=change(self.labels, IGNORED),
+            positions=change(self.positions, 0),
+            documents=None if self.documents is None else change(self.documents, -1),
+            extra=extra,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         def move(tensor: Tensor) -> Tensor:

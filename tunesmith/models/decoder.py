@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.models.weights import Drop, Operator
-from tunesmith.nn.attention import Attention, Sight, block_mask, cache_mask, causal_mask
+from tunesmith.nn.attention import Attention, Sight, block_mask, cache_mask, causal_mask, chunk_mask
 from tunesmith.nn.head import Head
 from tunesmith.nn.kv_cache import KVCache
 from tunesmith.nn.mlp import GatedMLP
 from tunesmith.nn.norm import RMSNorm
 from tunesmith.nn.rope import Rotary
+from tunesmith.nn.sequence_shards import SequenceShards
 
 
 class Block(nn.Module):
@@ -44,7 +45,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm: token ids (B, T) -> hidden (B, T, D)."""
+    """Embedding, layers and final norm: token ids (B, T) -> hidden (B, T, D).
+
+    A stage of a pipeline has some of the layers: if it isn't first it is given hidden states, if it isn't last it doesn't norm them.
+    """
+
+    is_first = is_last = True
+    computes_in: torch.dtype | None = None
 
     def __init__(self, config: DecoderConfig, block: type[nn.Module]):
         super().__init__()
@@ -58,14 +65,23 @@ class Decoder(nn.Module):
         if config.local_rope is not None:
             self.rotary[True] = Rotary(config.local_rope, config.head_dim)
 
-    def forward(self, input_ids: Tensor, sight: Sight) -> Tensor:
-        x = self.embed_tokens(input_ids)
-        if self.config.embedding_scale is not None:
-            # Rounded to the model's dtype first, as the families that scale were trained with.
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Number type of hidden states: the weights' own, unless `computes_in` was set because they are cast on use."""
+        return self.computes_in or next(m.weight.dtype for m in self.modules() if isinstance(m, RMSNorm))
+
+    def forward(self, inputs: Tensor, sight: Sight) -> Tensor:
+        x = self.embed(inputs) if self.is_first else inputs
         for layer in self.layers.values():
             x = layer(x, sight)
-        return self.norm(x)
+        return self.norm(x) if self.is_last else x
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        if self.config.embedding_scale is None:
+            return x
+        # Rounded to the model's dtype first, as the families that scale were trained with.
+        return x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
 
 
 class CausalLM(nn.Module):
@@ -80,6 +96,8 @@ class CausalLM(nn.Module):
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = Head(config.hidden_size, config.vocab_size, tied_to, config.final_logit_softcap)
         self.max_seq_len: int | None = None
+        self.sequence_shards: SequenceShards | None = None
+        """Set where ranks share the rows of a training batch: forward then takes this rank's tokens, with their positions and documents."""
 
     def init_buffers(self, device: torch.device | str | None = None, max_seq_len: int | None = None) -> None:
         """To be called after to_empty. max_seq_len: in training, rotary frequencies that depend on a sequence's length
@@ -101,7 +119,7 @@ class CausalLM(nn.Module):
             None: each row is one document, padded at the right if at all.
         cache: holds the tokens before these; these are added to it. With documents, only 0 and -1 make sense.
         """
-        return self._hidden(input_ids, positions, documents, cache, self.max_seq_len)
+        return self._hidden(input_ids, positions, documents, cache, self.max_seq_len, self.sequence_shards)
 
     def logits(
         self,
@@ -111,7 +129,7 @@ class CausalLM(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V) as transformers computes them: rotary frequencies that depend on the
-        length are those of this input's length, whatever max_seq_len is."""
+        length are those of this input's length, whatever max_seq_len is. Takes whole rows, on every layout."""
         return self.lm_head.logits(self._hidden(input_ids, positions, documents, cache, None))
 
     @property
@@ -120,7 +138,11 @@ class CausalLM(nn.Module):
         tied = (Drop("lm_head.weight"),) if self.config.tie_word_embeddings else ()
         return (*self.family.weights, *tied)
 
-    def _hidden(self, input_ids, positions, documents, cache: KVCache | None, max_seq_len: int | None) -> Tensor:
+    def _hidden(
+        self, input_ids, positions, documents, cache: KVCache | None, max_seq_len: int | None, shards=None
+    ) -> Tensor:
+        if cache is None and shards is not None:
+            return self.model(input_ids, self.shared_sight(shards, input_ids, positions, documents))
         if cache is None:
             return self.model(input_ids, self._sight(input_ids, positions, documents, max_seq_len))
         if cache.ids is not None:
@@ -166,6 +188,24 @@ class CausalLM(nn.Module):
             return Sight({}, cos_sin, segments=segments(documents))
         return Sight({window: causal_mask(length, window, device, documents) for window in windows}, cos_sin)
 
+    def shared_sight(
+        self, shards: SequenceShards, input_ids: Tensor, positions: Tensor, documents: Tensor | None
+    ) -> Sight:
+        """The same where ranks share rows: input_ids, positions and documents are this rank's."""
+        (batch_size, own), device = input_ids.shape, input_ids.device
+        length = own * shards.ranks
+        if documents is not None:
+            documents = shards.whole(documents)
+
+        def mask(chunk: tuple[int, int], window: int | None):
+            if device.type != "cuda":
+                return chunk_mask(chunk, window, device, documents)
+            return block_mask(chunk[1], window, documents, batch_size, device, chunk[0])
+
+        masks = {w: [mask(chunk, w) for chunk in shards.ranges(length)] for w in set(self.config.layer_windows)}
+        cos_sin = self._cos_sin(positions, length if self.max_seq_len is None else self.max_seq_len)
+        return Sight({}, cos_sin, shards=shards, chunk_masks=masks)
+
     def _cached_sight(self, input_ids: Tensor, positions, documents, cache: KVCache) -> tuple[Sight, Tensor | None]:
         """The same with a cache, and the lengths (B,) of its rows afterwards; None: all grow by T."""
         length, device = input_ids.shape[1], input_ids.device
@@ -186,7 +226,7 @@ class CausalLM(nn.Module):
         return Sight(masks, cos_sin, cache=cache, slots=slots), lengths
 
     def _cos_sin(self, positions: Tensor, length: int | Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
-        dtype = torch.float32 if self.config.rope_in_float32 else self.model.norm.weight.dtype
+        dtype = torch.float32 if self.config.rope_in_float32 else self.model.compute_dtype
         found = {local: rotary(positions, length) for local, rotary in self.model.rotary.items()}
         return {local: (cos.to(dtype), sin.to(dtype)) for local, (cos, sin) in found.items()}
 

@@ -8,13 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.models.decoder import CausalLM
+from tunesmith.nn.part import local_tensor, parameter_parts
 
 
 @torch.no_grad()
 def initialize(model: CausalLM, seed: int) -> None:
-    """Fill every parameter of a materialised model."""
+    """Fill every parameter of a materialised model, or the part of it that is here: on every mesh it is drawn as a whole."""
+    parts = parameter_parts(model)
     for name, parameter in model.named_parameters():
-        initialize_parameter(model, name, parameter, seed)
+        local, part = local_tensor(parameter), parts[name]
+        whole = local if part.is_whole else torch.empty(part.shape, dtype=local.dtype)
+        initialize_parameter(model, name, whole, seed)
+        if not part.is_whole:
+            local.copy_(part.take(whole))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from tunesmith.nn.config import DecoderConfig
 from tunesmith.nn.kv_cache import KVCache
 from tunesmith.nn.norm import RMSNorm
 from tunesmith.nn.rope import rotate
+from tunesmith.nn.sequence_shards import SequenceShards
 
 CosSin = tuple[Tensor, Tensor]
 
@@ -41,6 +42,10 @@ class Sight:
     cache: KVCache | None = None
     slots: Tensor | None = None
     """(B, T) where new tokens go in the cache; None: behind rows of equal length."""
+    shards: SequenceShards | None = None
+    """Set where ranks share rows: the tokens at hand are two chunks of a row, each with a mask of its own."""
+    chunk_masks: dict[int | None, list[Any]] = field(default_factory=dict)
+    """For each window, what each chunk sees of the row up to its own end: a mask, or FlexAttention's."""
 
 
 class Attention(nn.Module):
@@ -105,6 +110,8 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, sight: Sight, window: int | None, scale: float, softcap: float | None
 ) -> Tensor:
     """Attention among the tokens at hand: q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+    if sight.shards is not None:
+        return _by_chunk(q, k, v, sight.shards, sight.chunk_masks[window], scale, softcap)
     segments = _rows_as_documents(q, v.dtype, sight, window) if sight.segments is None else sight.segments
     if segments is not None:
         return _by_document(q, k, v, segments, window, scale, softcap)
@@ -113,6 +120,20 @@ def attend(
         return _flex(q, k, v, sight.block_masks[window], scale, softcap).transpose(1, 2)
     mask = sight.masks[window]
     return _kernel(q, k, v, mask, mask is None, scale, softcap).transpose(1, 2)
+
+
+def _by_chunk(q, k, v, shards: SequenceShards, masks: list[Any], scale: float, softcap: float | None) -> Tensor:
+    """Queries of this rank's chunks, keys and values of the whole row, brought together in one message."""
+    k, v = shards.whole(torch.cat([k, v], -1)).chunk(2, -1)
+    parts = []
+    for query, (_, stop), mask in zip(q.chunk(2, 1), shards.ranges(k.shape[1]), masks):
+        query, key, value = (part.transpose(1, 2) for part in (query, k[:, :stop], v[:, :stop]))
+        if isinstance(mask, Tensor):
+            y = _kernel(query, key, value, mask, False, scale, softcap)
+        else:
+            y = _flex(query, key, value, mask, scale, softcap)
+        parts.append(y.transpose(1, 2))
+    return torch.cat(parts, 1)
 
 
 def _rows_as_documents(
@@ -241,6 +262,18 @@ def causal_mask(
     return seen & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
+def chunk_mask(
+    chunk: tuple[int, int], window: int | None, device: torch.device, documents: Tensor | None = None
+) -> Tensor:
+    """(1 or B, 1, chunk, end of the chunk) bool: what the tokens of `chunk` see of the row up to its end. documents: (B, T) of the row."""
+    start, stop = chunk
+    distance = torch.arange(start, stop, device=device)[:, None] - torch.arange(stop, device=device)
+    seen = ((distance >= 0) & (distance < (window or stop)))[None, None]
+    if documents is None:
+        return seen
+    return seen & (documents[:, None, start:stop, None] == documents[:, None, None, :stop])
+
+
 def cache_mask(end: int, positions: Tensor, window: int | None) -> Tensor:
     """(B, 1, T, end) bool: slots that tokens at positions (B, T) see. Padding (position < 0) sees slot 0, or it would be nan."""
     slots = torch.arange(end, device=positions.device)
@@ -279,16 +312,19 @@ def _softcapped(q, k, v, mask: Tensor | None, causal: bool, scale: float, softca
 # --- FlexAttention (CUDA): skips what documents and windows hide, and knows the soft cap ------------
 
 
-def block_mask(length: int, window: int | None, documents: Tensor | None, batch_size: int, device: torch.device):
-    """FlexAttention's mask of the same sight as causal_mask."""
+def block_mask(
+    length: int, window: int | None, documents: Tensor | None, batch_size: int, device: torch.device, start: int = 0
+):
+    """FlexAttention's mask of the same sight as causal_mask, for the tokens from `start` to `length`."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(b, h, query, key):
+        query = query + start
         allowed = (query >= key) & (query - key < (window or length))
         return allowed if documents is None else allowed & (documents[b, query] == documents[b, key])
 
     batch = None if documents is None else batch_size
-    return create_block_mask(seen, batch, None, length, length, device=device)
+    return create_block_mask(seen, batch, None, length - start, length, device=device)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask, scale: float, softcap: float | None) -> Tensor:

@@ -5,20 +5,49 @@ B batch, T tokens, D hidden, V vocabulary, N positions with a label.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from tunesmith.nn.collectives import copied, gathered, summed
 
 IGNORED = -100
 """Label of a position without loss."""
 
 
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Rows start to stop of the output matrix, which the ranks of a group hold together."""
+
+    start: int
+    stop: int
+    group: dist.ProcessGroup
+
+    def own(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """For labels (N,): their rows here (0 where they are elsewhere), and whether they are here."""
+        is_own = (labels >= self.start) & (labels < self.stop)
+        return torch.where(is_own, labels - self.start, 0), is_own
+
+    def gather(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """(..., V here) -> (..., V). The last ranks may hold fewer rows, so parts are filled up on the way."""
+        most = -(-vocab_size // self.group.size())
+        filled = F.pad(logits, (0, most - logits.shape[-1]))
+        return gathered(filled, -1, self.group, sums=False)[..., :vocab_size]
+
+
 class Head(nn.Module):
     """hidden (..., D) -> logits (..., V). A head tied to an embedding holds no parameter: it reads the embedding's.
 
-    A variant with other weights (LoRA, quantized) overrides `project` alone.
+    A variant with other weights (LoRA, quantized) overrides `project` alone. Under tensor parallelism a rank holds some rows
+    of the matrix (`shard`); what the methods return is whole and the same on every rank.
     """
+
+    shard: VocabularyShard | None = None
 
     def __init__(
         self, hidden_size: int, vocab_size: int, tied_to: nn.Embedding | None = None, softcap: float | None = None
@@ -39,24 +68,32 @@ class Head(nn.Module):
         return self.weight if self.tied_to is None else self.tied_to.weight
 
     def project(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V) before the soft cap."""
+        """(..., D) -> (..., V) before the soft cap; (..., V here) where ranks share the matrix."""
         return F.linear(hidden, self.matrix)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.logits(hidden)
+    def forward(self, hidden: Tensor, compute: str = "_logits", *arguments: Any) -> Tensor:
+        """Every use of the head passes here, so that hooks on the module (fully_shard's) see it."""
+        return getattr(self, compute)(hidden, *arguments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) in the dtype of hidden."""
-        return _squeeze(self.project(hidden), self.softcap)
+        return self(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = _squeeze(self.project(self._entered(hidden)), self.softcap)
+        return logits if self.shard is None else self.shard.gather(logits, self.vocab_size)
 
     def log_probs(self, hidden: Tensor, labels: Tensor, chunk_size: int = 1024) -> Tensor:
         """log p(label) of every position in float32, (B, T); 0 where the label is -100.
 
         Logits exist for chunk_size positions at a time (0: all); the backward pass computes them again.
         """
-        where, rows, targets = _with_label(hidden, labels)
+        return self(hidden, "_log_probs", labels, chunk_size)
+
+    def _log_probs(self, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+        where, rows, targets = _with_label(self._entered(hidden), labels)
         parts = [
-            checkpoint(self._log_probs, part, target, use_reentrant=False)
+            checkpoint(self._chunk_log_probs, part, target, use_reentrant=False)
             for part, target in zip(_chunks(rows, chunk_size), _chunks(targets, chunk_size))
         ]
         values = torch.cat(parts) if parts else hidden.sum().float() * 0 + hidden.new_zeros(0, dtype=torch.float32)
@@ -68,15 +105,24 @@ class Head(nn.Module):
         hidden (B, T, D), labels (B, T). The gradients are formed in the forward pass, chunk_size positions at a time
         (0: all), so neither pass holds more logits than that. Can be differentiated once.
         """
+        return self(hidden, "_cross_entropy", labels, chunk_size)
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
         parameters: list[Tensor] = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.tied_to is not None and self.tied_to.weight.requires_grad:
             parameters.append(self.tied_to.weight)
         learns = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
-        return _CrossEntropy.apply(self, hidden, labels, chunk_size, learns, *parameters)
+        return _CrossEntropy.apply(self, self._entered(hidden), labels, chunk_size, learns, *parameters)
 
-    def _log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _entered(self, hidden: Tensor) -> Tensor:
+        """Hidden states whose gradient is the sum of what the ranks' rows contribute."""
+        return hidden if self.shard is None else copied(hidden, self.shard.group)
+
+    def _chunk_log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = _squeeze(self.project(hidden).float(), self.softcap)
-        return -F.cross_entropy(logits, labels, reduction="none")
+        if self.shard is None:
+            return -F.cross_entropy(logits, labels, reduction="none")
+        return _of_labels(_log_softmax(logits, self.shard), labels, self.shard)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, {self.vocab_size}, tied={self.tied_to is not None}, softcap={self.softcap}"
@@ -113,12 +159,13 @@ class _CrossEntropy(torch.autograd.Function):
 def _plain_chunk(head: Head, hidden: Tensor, labels: Tensor, learns: bool, parameters, gradients: list[Tensor]):
     """Loss and gradient of hidden (N, D) for a plain matrix; its own is added to gradients[0], if it is trained."""
     logits = _squeeze(head.project(hidden).float(), head.softcap)
-    log_probs = torch.log_softmax(logits, -1)
-    loss = -log_probs.gather(-1, labels[:, None]).sum()
+    log_probs = _log_softmax(logits, head.shard)
+    loss = -_of_labels(log_probs, labels, head.shard).sum()
     if not learns:
         return loss, None
     gradient = log_probs.exp_()
-    gradient.scatter_add_(-1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
+    rows, is_own = (labels, torch.ones_like(labels)) if head.shard is None else head.shard.own(labels)
+    gradient.scatter_add_(-1, rows[:, None], -is_own.to(gradient.dtype)[:, None])
     if head.softcap is not None:
         gradient *= 1 - (logits / head.softcap).square_()
     gradient = gradient.to(hidden.dtype)
@@ -131,13 +178,31 @@ def _any_chunk(head: Head, hidden: Tensor, labels: Tensor, learns: bool, paramet
     """The same for a head with any projection, through autograd."""
     with torch.set_grad_enabled(learns):
         leaf = hidden.detach().requires_grad_(learns)
-        loss = -head._log_probs(leaf, labels).sum()
+        loss = -head._chunk_log_probs(leaf, labels).sum()
     if not learns:
         return loss, None
     own, *others = torch.autograd.grad(loss, [leaf, *parameters])
     for total, gradient in zip(gradients, others):
         total += gradient
     return loss.detach(), own
+
+
+def _log_softmax(logits: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """(N, V) or, where ranks share the vocabulary, (N, V here), normalized over all of it."""
+    if shard is None:
+        return torch.log_softmax(logits, -1)
+    largest = logits.detach().amax(-1, keepdim=True)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
+    shifted = logits - largest
+    return shifted - summed(shifted.exp().sum(-1, keepdim=True), shard.group).log()
+
+
+def _of_labels(values: Tensor, labels: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """(N,) the value of each label out of (N, V), wherever its row is."""
+    if shard is None:
+        return values.gather(-1, labels[:, None]).squeeze(-1)
+    rows, is_own = shard.own(labels)
+    return summed(values.gather(-1, rows[:, None]).squeeze(-1) * is_own, shard.group)
 
 
 def _with_label(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import UserError
 from tunesmith.nn.head import Head
+from tunesmith.nn.part import Part, by_shard, local_tensor, parameter_parts, shard_rows, unsharded
 from tunesmith.nn.quantize import NF4Linear, quantize_linear_layers
 
 M = TypeVar("M", bound=nn.Module)
@@ -55,6 +56,11 @@ class LoRALayer(nn.Module):
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
     adapter_enabled: bool = True
+
+    @staticmethod
+    def over_inputs(lengths: Tensor) -> Tensor:
+        """Lengths of whole rows from those of the part that is here; tensor parallelism, which cuts rows, overrides it."""
+        return lengths
 
     def add_adapter(self, lora: LoRA, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> None:
         """Register the adapter's parameters, not yet initialised (see `reset_adapters`)."""
@@ -100,7 +106,7 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """Lengths (O,) of the rows of W + s B A, in float32; never differentiated."""
-        return _lengths(self.adapted_weight())
+        return self._lengths(self.adapted_weight())
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -108,22 +114,29 @@ class LoRALayer(nn.Module):
         weight = self.adapted_weight()
         if self.lora_magnitude is None:
             return weight
-        return weight.mul_((self.lora_magnitude.float() / _lengths(weight))[:, None])
+        return weight.mul_((self.lora_magnitude.float() / self._lengths(weight))[:, None])
+
+    def _lengths(self, rows: Tensor) -> Tensor:
+        """Of each row; never 0, since they are divided by."""
+        return self.over_inputs(torch.linalg.vector_norm(rows, dim=1)).clamp_min_(1e-30)
 
     @torch.no_grad()
-    def reset_adapter(self, generator: torch.Generator, device: torch.device) -> None:
-        """lora_A uniform in ±1/sqrt(I) (what kaiming_uniform_(a=sqrt 5) gives), lora_B zero, magnitudes the rows' lengths: no change yet."""
+    def reset_adapter(self, generator: torch.Generator, device: torch.device, part: Part | None = None) -> None:
+        """lora_A uniform in ±1/sqrt(I) (what kaiming_uniform_(a=sqrt 5) gives), lora_B zero: no change yet, once magnitudes are set.
+
+        part: what of lora_A is here, where it is not the whole.
+        """
         if self.lora_A.is_meta:
             for name in ADAPTER_PARAMETERS:
                 parameter = getattr(self, name)
                 if parameter is not None:
                     empty = torch.empty_like(parameter, device=device)
                     setattr(self, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-        bound = 1 / math.sqrt(self.lora_A.shape[1])
-        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
-        self.lora_B.zero_()
-        if self.lora_magnitude is not None:
-            self.lora_magnitude.copy_(self.row_norms())
+        part = part or Part.whole(self.lora_A.shape)
+        bound = 1 / math.sqrt(part.shape[1])
+        drawn = torch.empty(part.shape).uniform_(-bound, bound, generator=generator)
+        local_tensor(self.lora_A).copy_(part.take(drawn))
+        local_tensor(self.lora_B).zero_()
 
     def changes_nothing(self) -> bool:
         """Whether the adapter leaves the layer's weight exactly as it is."""
@@ -132,11 +145,6 @@ class LoRALayer(nn.Module):
         return self.lora_magnitude is None or torch.equal(
             self.lora_magnitude, self.row_norms().to(self.lora_magnitude.dtype)
         )
-
-
-def _lengths(rows: Tensor) -> Tensor:
-    """Of each row; never 0, since they are divided by."""
-    return torch.linalg.vector_norm(rows, dim=1).clamp_min_(1e-30)
 
 
 class LoRALinear(LoRALayer, nn.Linear):
@@ -317,13 +325,30 @@ def adapter_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def reset_adapters(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> None:
     """Initialise all adapters so that they change nothing; the base weights must be loaded.
 
-    Each is drawn from a generator seeded by (seed, its name), so it doesn't depend on which other layers have one. Adapters still on meta
-    are created on `device`.
+    Each is drawn from a generator seeded by (seed, its name), so it depends neither on which other layers have one nor on the mesh.
+    Adapters still on meta are created on `device`.
     """
+    parts = parameter_parts(model)
     for name, layer in adapter_layers(model).items():
         digest = hashlib.sha256(f"{seed} {name}.lora_A".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        layer.reset_adapter(generator, torch.device(device))
+        layer.reset_adapter(generator, torch.device(device), parts[f"{name}.lora_A"])
+    reset_magnitudes(model)
+
+
+@torch.no_grad()
+def reset_magnitudes(model: nn.Module) -> None:
+    """Let DoRA's magnitudes be the lengths of the rows as they are, so that they change nothing."""
+    for owner, layers in by_shard(model, LoRALayer):
+        magnitudes = {name: layer for name, layer in layers.items() if layer.lora_magnitude is not None}
+        if not magnitudes:
+            continue
+        with unsharded(owner):
+            lengths = {name: layer.row_norms() for name, layer in magnitudes.items()}
+        for name, layer in magnitudes.items():
+            assert layer.lora_magnitude is not None
+            start, stop = shard_rows(layer.lora_magnitude)
+            local_tensor(layer.lora_magnitude).copy_(lengths[name][start:stop])
 
 
 def freeze_base(model: nn.Module) -> list[str]:

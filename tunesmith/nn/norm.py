@@ -24,10 +24,12 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         if torch.compiler.is_compiling():  # a compiler fuses plain arithmetic, and finds out itself what to keep
             wide = x.float()
-            return _scaled(
-                wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps), x, self.weight, self.kind
-            )
+            return self.scaled(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps), x)
         return _Norm.apply(x, self.weight, self.eps, self.kind)
+
+    def scaled(self, normed: Tensor, x: Tensor) -> Tensor:
+        """x / rms(x), in float32, times the weight, rounded to the dtype of x."""
+        return _scaled(normed, x, self.weight, self.kind)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}, kind={self.kind}"

@@ -3,66 +3,164 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tunesmith.configs.layout import AXES, Layout
 from tunesmith.errors import UserError
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+T = TypeVar("T")
+
+DATA = ("dp_replicate", "dp_shard")
+"""Axes along which ranks see different rows."""
+LOSS = ("pp", *DATA, "cp")
+"""Axes along which ranks hold different parts of a loss: a loss is there on the last stage of a pipeline only, 0 elsewhere."""
+SHARDS = ("dp_shard", "cp")
+"""Axes over which parameters are cut."""
 
 
 @dataclass
 class Mesh:
-    """The mesh with its named axes (`pp dp_replicate dp_shard cp tp`) and the sums that a step takes over it."""
+    """The mesh with its named axes (`pp dp_replicate dp_shard cp tp`) and what ranks tell each other along them."""
 
     devices: DeviceMesh
     device: torch.device
     rank: int
     world_size: int
 
+    def size(self, *axes: str) -> int:
+        """Number of ranks along one axis, or several together."""
+        sizes: dict[str, int] = dict(zip(AXES, self.devices.shape))
+        return torch.Size(sizes[axis] for axis in axes).numel()
+
+    def index(self, *axes: str) -> int:
+        """This rank's place along one axis, or along several together, the last one counting fastest."""
+        place = 0
+        for axis in axes:
+            place = place * self.size(axis) + self.devices.get_local_rank(axis)
+        return place
+
+    @cached_property
+    def shards(self) -> DeviceMesh:
+        """What `fully_shard` cuts parameters over: copies x parts. Ranks that share rows also share parameters."""
+        names = ("pp", "dp_replicate", "shards", "tp")
+        sizes = (self.size("pp"), self.size("dp_replicate"), self.size(*SHARDS), self.size("tp"))
+        devices = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+        return devices["dp_replicate", "shards"] if self.size("dp_replicate") > 1 else devices["shards"]
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along `axis` alone."""
+        return self.devices.get_group(axis)
+
     @property
     def dp_size(self) -> int:
         """Ranks that see different data."""
-        return self.devices["dp_replicate"].size() * self.devices["dp_shard"].size()
+        return self.size(*DATA)
 
     @property
     def dp_rank(self) -> int:
-        shard = self.devices["dp_shard"]
-        return self.devices["dp_replicate"].get_local_rank() * shard.size() + shard.get_local_rank()
+        return self.index(*DATA)
 
     @property
     def is_main(self) -> bool:
         """Whether this rank speaks to the user and writes the run folder."""
         return self.rank == 0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums of `values` over all data-parallel ranks, in float64."""
-        totals = torch.tensor(values, dtype=torch.float64)
-        if self.dp_size > 1:
-            for axis in ("dp_replicate", "dp_shard"):
-                dist.all_reduce(totals, group=self.devices[axis].get_group())
+    def sum(self, values: Sequence[float], axes: Sequence[str] = DATA) -> list[float]:
+        """Sums of `values` over all ranks along `axes`, in float64; the same on each of them, to the bit."""
+        return self._reduce(values, axes, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float], axes: Sequence[str] = AXES) -> list[float]:
+        """Largest of each of `values` over all ranks along `axes`."""
+        return self._reduce(values, axes, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], axes: Sequence[str], operator: Any) -> list[float]:
+        totals = torch.tensor(values, dtype=torch.float64)  # on the host: gloo serves it on every device
+        for axis in axes:
+            if self.size(axis) > 1:
+                dist.all_reduce(totals, operator, group=self.group(axis))
         return totals.tolist()
 
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, in the order of ranks; on every rank. For small things."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
-def start_mesh(device: torch.device, data_parallel_replicate_dim: int = 1) -> Mesh:
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the main rank, on every rank. A UserError there is raised on every rank, the same sentence."""
+        if self.world_size == 1:
+            return make()
+        message: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                message[0] = make()
+            except UserError as error:
+                message[1] = error
+        dist.broadcast_object_list(message, src=0)
+        if message[1] is not None:
+            raise message[1]
+        return message[0]
+
+    def on_all(self, make: Callable[[], T]) -> T:
+        """`make()` on every rank; where it raises a UserError on any, the first of them is raised on all."""
+        result, error = None, None
+        try:
+            result = make()
+        except UserError as raised:
+            error = raised
+        if first := next((one for one in self.gather(error) if one is not None), None):
+            raise first
+        return result  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.world_size > 1:
+            self.max([0.0])
+
+
+def start_mesh(device: torch.device, layout: Layout | None = None, timeout_seconds: float = 600.0) -> Mesh:
     """Start the process group (on an in-memory store for one process; no port is opened) and the mesh.
 
-    Raises UserError when more than one process was launched: layouts over several processes are not there yet.
+    layout: sizes of the axes; by default all processes share one copy of the weights. Raises UserError where they do not
+    multiply to the number of processes that were started.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world_size > 1:
-        raise UserError(
-            f"{world_size} processes were started, but training on several devices is not there yet: start one"
-        )
+    sizes = (layout or Layout()).sizes(world_size)
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=HashStore(), rank=rank, world_size=world_size)
-    devices = init_device_mesh("cpu", (1,) * len(AXES), mesh_dim_names=AXES)
+        backend = (
+            "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        )
+        dist.init_process_group(
+            backend,
+            store=_store(world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    devices = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     return Mesh(devices, device, rank, world_size)
+
+
+def _store(world_size: int) -> Store:
+    """Where processes find each other. After a restart by torchrun they must not read the addresses of the dead."""
+    if world_size == 1:
+        return HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_host = not agent_keeps_it and os.environ.get("RANK") == "0"
+    store = TCPStore(address, port, world_size=None if agent_keeps_it else world_size, is_master=is_host)
+    return PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def stop_mesh() -> None:

@@ -2,22 +2,72 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from tunesmith.configs.shared import TrainSettings
+from tunesmith.nn.sequence_shards import SequenceShards
 from tunesmith.parallel.memory import apply_activation_checkpointing
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.tensor import apply_tensor_parallel
 
 
 def parallelize(
-    model: nn.Module, layers: list[nn.Module], mesh: Mesh, plan: dict[str, str], config: TrainSettings
+    model: nn.Module, mesh: Mesh, plan: dict[str, str], config: TrainSettings, compute_dtype: torch.dtype | None = None
 ) -> None:
-    """Change `model` (on the meta device) in place, in this order: activation checkpointing, compile per layer.
+    """Change `model` (on the meta device) in place, in this order: tensor parallelism by the family's `plan`, shared rows,
+    activation checkpointing, compile per layer, `fully_shard`. What has a mesh of size one is left out.
 
-    `plan` holds the family's words for tensor parallelism; on a mesh of size one there is nothing to split.
+    compute_dtype: number type to compute in where it isn't that of the parameters.
     """
+    decoder: Any = model.model
+    apply_tensor_parallel(model, plan, mesh, config.sequence_parallel)
+    if mesh.size("cp") > 1:
+        model.sequence_shards = SequenceShards(mesh.group("cp"))  # type: ignore[assignment]
+    layers = list(decoder.layers.values())
     if config.enable_activation_checkpointing:
         apply_activation_checkpointing(layers, config.ac_mode, config.ac_option)
     if config.compile:
         for layer in layers:
             layer.compile()
+    if mesh.size("dp_replicate", "dp_shard", "cp") > 1 or compute_dtype is not None or config.fsdp_cpu_offload:
+        decoder.computes_in = compute_dtype
+        _shard(model, mesh, config, compute_dtype)
+
+
+def _shard(model: Any, mesh: Mesh, config: TrainSettings, compute_dtype: torch.dtype | None) -> None:
+    """Cut parameters, gradients and optimizer states over the ranks: embedding, each layer and the head apart, the final norm with the whole."""
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # takes most of a second
+
+    decoder = model.model
+    reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce_dtype]
+    options = {
+        "mesh": mesh.shards,
+        "mp_policy": MixedPrecisionPolicy(compute_dtype, reduce_dtype, cast_forward_inputs=compute_dtype is not None),
+        "offload_policy": _offload(config, mesh),
+    }
+    again = {"always": True, "never": False, "default": mesh.size("pp") == 1}[config.fsdp_reshard_after_forward]
+    head = model.lm_head
+    is_tied = head is not None and head.tied_to is not None
+    if decoder.embed_tokens is not None:  # a tied head reads it after the decoder's forward
+        fully_shard(decoder.embed_tokens, reshard_after_forward=again and not is_tied, **options)
+    for layer in decoder.layers.values():
+        fully_shard(layer, reshard_after_forward=again, **options)
+    if head is not None and list(head.parameters()):  # its backward follows at once
+        fully_shard(head, reshard_after_forward=False, **options)
+    fully_shard(decoder, reshard_after_forward=False, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A loss is a sum over the global batch, divided once: gradients are summed over ranks, not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no division
+
+
+def _offload(config: TrainSettings, mesh: Mesh):
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    if not config.fsdp_cpu_offload:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")  # pinning needs an accelerator

@@ -36,7 +36,7 @@ def main(config: Pretrain) -> None:
         run.note(str(data.report))
 
         model = build_model(config, source, tokenizer, run.mesh, run.resume_from)
-        optimizer = build_optimizer(model, config, data.total_steps, run.device)
+        optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
         run.keep(model, tokenizer, optimizer, data, source)
         if not run.resume_from:
             write_samples(run.folder, 0, model, tokenizer, config.sample_prompts)

@@ -88,7 +88,10 @@ def build_model(
     if config.dtype == "bf16" and not supports_bf16(mesh.device):
         raise UserError(f"{mesh.device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
     lora = config.weights if isinstance(config.weights, LoRAWeights) else None
-    dtype = DTYPES[config.dtype] if lora or config.dtype != "fp16" else torch.float32
+    computes_in = DTYPES[config.dtype]
+    dtype = computes_in if lora or config.dtype != "fp16" else torch.float32
+    if config.param_dtype is not None:
+        dtype = DTYPES[config.param_dtype]
     hf_config, first_new_row = _fit_vocabulary(source, tokenizer, config)
     decoder_config = source.family.read_config(hf_config)
 
@@ -96,7 +99,8 @@ def build_model(
         model = build(hf_config, source.family, decoder_config)
     if lora:
         _apply(model, lora, resume_from)
-    parallelize(model, list(model.model.layers.values()), mesh, source.family.tp_plan, config)
+    is_cast = config.dtype != "fp16" and dtype != computes_in
+    parallelize(model, mesh, source.family.tp_plan, config, computes_in if is_cast else None)
     _materialize(model, mesh.device, max_sequence_length(config, source))
 
     seed = config.seed or 0

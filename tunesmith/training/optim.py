@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from tunesmith.configs import shared
 from tunesmith.errors import UserError, require
+from tunesmith.nn.part import local_tensor
+from tunesmith.parallel.gradients import norm_over, sum_partial
+from tunesmith.parallel.mesh import Mesh
 from tunesmith.training.schedule import lr_factor
 
 Parameters = list[tuple[str, nn.Parameter]]
@@ -21,18 +24,20 @@ _SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 class Optimizer:
-    """The optimizer of a run. `set_step`, `backward` for each micro-batch, then `step`."""
+    """The optimizer of a run. `set_step`, a backward pass of `scaled(loss)` for each micro-batch, then `step`."""
 
-    def __init__(self, model: nn.Module, config: shared.TrainSettings, total_steps: int, device: torch.device):
-        self.config = config
+    def __init__(self, model: nn.Module, config: shared.TrainSettings, total_steps: int, mesh: Mesh):
+        self.config, self.mesh = config, mesh
         self.total_steps = total_steps
         self.may_skip = False
-        self._device = device
-        self._parameters: Parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if not self._parameters:
+        self._model = model
+        self._trained: Parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not self._trained:
             raise UserError("no parameter is trained: `weights.target_modules` matches nothing that can learn")
-        self._scaler = torch.amp.GradScaler(device.type) if config.dtype == "fp16" else None
-        self._norms: list[Tensor] = []
+        # Updates are elementwise, so each rank makes those of its part, as plain tensors: any optimizer understands them.
+        self._parameters: Parameters = [(n, _own_part(p)) for n, p in self._trained]
+        self._scaler = torch.amp.GradScaler(mesh.device.type) if config.dtype == "fp16" else None
+        self._lengths: dict[str, Tensor] = {}
         if config.optimizer_in_bwd:
             self._optimizers = [o for p in self._parameters for o in build_optimizers([p], config.optimizer)]
             self._update_in_backward()
@@ -43,7 +48,7 @@ class Optimizer:
     def precision(self) -> AbstractContextManager[Any]:
         """The context of a forward pass: fp16 computes under autocast over float32 weights, others as the weights are."""
         if self.config.dtype == "fp16":
-            return torch.autocast(self._device.type, torch.float16)
+            return torch.autocast(self.mesh.device.type, torch.float16)
         return nullcontext()
 
     def set_step(self, step: int) -> float:
@@ -57,8 +62,9 @@ class Optimizer:
                     group["lr"] = lr
         return lr
 
-    def backward(self, loss: Tensor) -> None:
-        (self._scaler.scale(loss) if self._scaler else loss).backward()
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to differentiate in place of the loss."""
+        return self._scaler.scale(loss) if self._scaler else loss
 
     def step(self, finite_loss: bool) -> tuple[float | None, bool]:
         """Clip and update. Returns the gradient norm before clipping and whether the update was made.
@@ -67,32 +73,43 @@ class Optimizer:
         whether that is allowed by the configuration or by loss scaling.
         """
         if self.config.optimizer_in_bwd:
-            norm = float(_norm(self._norms))
-            self._norms.clear()
+            norm = norm_over(self._model, self._lengths, self.mesh)
+            self._lengths.clear()
             return norm, finite_loss and math.isfinite(norm)
+        self._take_gradients()
         if self._scaler:
             for optimizer in self._optimizers:
                 self._scaler.unscale_(optimizer)
-        gradients = [p.grad for _, p in self._parameters if p.grad is not None]
-        norm_tensor = _norm([_length(gradient) for gradient in gradients])
-        norm = float(norm_tensor)
+        lengths = {name: _length(p.grad) for name, p in self._parameters if p.grad is not None}
+        norm = norm_over(self._model, lengths, self.mesh)
         finite = finite_loss and math.isfinite(norm)
         too_large = self.config.skip_grad_norm_above is not None and norm > self.config.skip_grad_norm_above
         if finite and not too_large:
-            if self.config.clip_grad_norm is not None:
-                parameters = [p for _, p in self._parameters if p.grad is not None]
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm_tensor)
+            if self.config.clip_grad_norm is not None and norm > self.config.clip_grad_norm:
+                gradients = [p.grad for _, p in self._parameters if p.grad is not None]
+                for gradient in gradients:
+                    gradient.mul_(self.config.clip_grad_norm / norm)
             for optimizer in self._optimizers:
                 optimizer.step()
         self.may_skip = (finite and too_large) or (finite_loss and self._scaler is not None)
         self._update_loss_scale()
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for (_, trained), (_, part) in zip(self._trained, self._parameters):
+            trained.grad = part.grad = None
         return norm, finite and not too_large
+
+    def _take_gradients(self) -> None:
+        """Give each part its gradient, complete: of parameters that are whole on all tensor-parallel ranks, the ranks have summands."""
+        for (_, trained), (_, part) in zip(self._trained, self._parameters):
+            if trained is not part:
+                part.grad = None if trained.grad is None else local_tensor(trained.grad)
+        sum_partial(self._model, dict(self._parameters), self.mesh)
 
     def _update_loss_scale(self) -> None:
         if self._scaler is None:
             return
+        for state in self._scaler._per_optimizer_states.values():  # an overflow anywhere is one everywhere
+            for found in state["found_inf_per_device"].values():
+                found.fill_(self.mesh.max([float(found)])[0])
         self._scaler.update()
         if self._scaler.get_scale() < _SMALLEST_LOSS_SCALE:
             raise UserError(
@@ -101,17 +118,21 @@ class Optimizer:
 
     def _update_in_backward(self) -> None:
         """Step each parameter as soon as its gradient is complete, and free the gradient."""
-        for (_, parameter), optimizer in zip(self._parameters, self._optimizers):
+        for (name, trained), (_, part), optimizer in zip(self._trained, self._parameters, self._optimizers):
 
-            def update(parameter: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                assert parameter.grad is not None
-                self._norms.append(_length(parameter.grad))
+            def update(
+                trained: Tensor, name: str = name, part: Tensor = part, optimizer: torch.optim.Optimizer = optimizer
+            ) -> None:
+                assert trained.grad is not None
+                part.grad = local_tensor(trained.grad)
+                sum_partial(self._model, {name: part}, self.mesh)
+                self._lengths[name] = _length(part.grad)
                 # An update with a gradient that is not finite would ruin the weights before the step can be refused.
-                if torch.isfinite(self._norms[-1]):
+                if torch.isfinite(self._lengths[name]):
                     optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                trained.grad = part.grad = None
 
-            parameter.register_post_accumulate_grad_hook(update)
+            trained.register_post_accumulate_grad_hook(update)
 
     # --- what a checkpoint keeps ---------------------------------------------------------------------
 
@@ -198,9 +219,10 @@ def _length(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
 
-def _norm(lengths: list[Tensor]) -> Tensor:
-    """Of all gradients together, from the lengths of each."""
-    return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
+def _own_part(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter itself or, where `fully_shard` cut it, this rank's part: the same memory."""
+    local = local_tensor(parameter.detach())
+    return nn.Parameter(local) if hasattr(parameter, "to_local") else parameter
 
 
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:
@@ -315,8 +337,6 @@ def import_dotted(path: str, key: str) -> Any:
         raise UserError(f"`{key}: {path}` can't be imported: {error}") from error
 
 
-def build_optimizer(
-    model: nn.Module, config: shared.TrainSettings, total_steps: int, device: torch.device
-) -> Optimizer:
+def build_optimizer(model: nn.Module, config: shared.TrainSettings, total_steps: int, mesh: Mesh) -> Optimizer:
     """The optimizer of a run over the trained parameters of `model`; `total_steps` is what the schedule spans."""
-    return Optimizer(model, config, total_steps, device)
+    return Optimizer(model, config, total_steps, mesh)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tunesmith.configs.layout import Layout
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import follow_latest
 
@@ -287,19 +288,17 @@ def _output(config: Any, notes: list[str]) -> Iterator[str]:
 
 
 def _layout(config: Any, notes: list[str]) -> Iterator[str]:
-    """Layouts over several processes, refused until they are there."""
-    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
-        yield f"{processes} processes were started, but training on several devices is not there yet: start one"
-    for axis in (
-        "data_parallel_shard",
-        "data_parallel_replicate",
-        "tensor_parallel",
-        "context_parallel",
-        "pipeline_parallel",
-        "expert_parallel",
-    ):
-        if getattr(config, f"{axis}_dim", 1) > 1:
-            yield f"`{axis}_dim`: training on several devices is not there yet; leave it at 1"
+    """Whether the layout fits the number of processes, where it is known, and the model."""
+    if not hasattr(config, "tensor_parallel_dim"):
+        return
+    layout = Layout.of(config)
+    if "WORLD_SIZE" in os.environ:
+        try:
+            layout.sizes(int(os.environ["WORLD_SIZE"]))
+        except UserError as error:
+            yield str(error)
+    if config.expert_parallel_dim > 1:
+        yield "`expert_parallel_dim`: there are no experts in the models that are supported yet; leave it at 1"
 
 
 _EXTRAS = {

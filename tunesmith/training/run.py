@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
+import tunesmith
 from tunesmith.checkpoint import adapter as peft
 from tunesmith.checkpoint.hf import check_saved, stage_repository
 from tunesmith.checkpoint.resume import (
@@ -35,8 +36,10 @@ from tunesmith.checkpoint.resume import (
     read_state,
 )
 from tunesmith.config import dump_config
+from tunesmith.configs.layout import Layout
 from tunesmith.configs.shared import LoRAWeights, TrainSettings
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import peak_memory_gib, pick_device, reset_peak_memory
 from tunesmith.parallel.mesh import Mesh, start_mesh, stop_mesh
@@ -61,6 +64,9 @@ class Run:
         self.device, self.resume_from = mesh.device, resume_from
         self._resumed_step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else None
         self._signal: int | None = None
+        """The signal that came to this rank."""
+        self._ending: int | None = None
+        """The one at which all ranks agreed to end."""
         self._step_taken = False
         self._total = 0
         self._data_seconds = 0.0
@@ -95,16 +101,22 @@ class Run:
                 self._step_started, self._data_seconds = time.perf_counter(), 0.0
                 yield step
                 trace.step()
-                if self._signal is not None:
+                if self._agree_to_end():
                     if self._checkpoints.last_saved != step:  # the signal came after the recipe's own look
                         self._checkpoints.save(step)
                     break
             self._checkpoints.wait()  # a signal must not end the process while the last one is written
+            self._agree_to_end()
 
     def _ask_to_stop(self, number: int) -> None:
         self._signal = number
         name = "interrupted" if number == signal.SIGINT else "asked to end"
         self.note(f"{name}: saving after this step (once more ends at once, without saving)")
+
+    def _agree_to_end(self) -> bool:
+        """Whether a signal came to any rank: all end after the same step."""
+        self._ending = self._ending or int(self.mesh.max([self._signal or 0])[0]) or None
+        return self._ending is not None
 
     @property
     def has_begun(self) -> bool:
@@ -113,8 +125,8 @@ class Run:
 
     @property
     def stopped(self) -> bool:
-        """Whether a signal ended the loop early."""
-        return self._signal is not None
+        """Whether a signal ended the loop early. To be asked on all ranks."""
+        return self._agree_to_end()
 
     def next(self, read: Callable[[int], T], step: int) -> T:
         """`read(step)`, its time counted as waiting for data."""
@@ -138,13 +150,15 @@ class Run:
         values |= {"num_tokens": counters["num_tokens"], "num_trained": stats.num_trained}
         if counters["skipped_steps"]:
             values["skipped_steps"] = counters["skipped_steps"]
+        if self.mesh.world_size > 1:
+            values["tokens_per_second_per_device"] = stats.num_tokens / seconds / self.mesh.world_size
         values |= {
             "tokens_per_second": stats.num_tokens / seconds,
             "step_seconds": seconds,
             "data_seconds": self._data_seconds,
         }
         if self.config.log_peak_memory_stats:
-            values["peak_memory_gib"] = peak_memory_gib(self.device)
+            values["peak_memory_gib"] = self.mesh.max([peak_memory_gib(self.device)])[0]
         if step % self.config.log_every_n_steps == 0 or step == self._total:
             self._metrics.log(step, values)
         if stats.skipped:
@@ -166,7 +180,7 @@ class Run:
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint every save_every_n_steps, at the end, and when the run was asked to stop."""
         assert self._checkpoints is not None
-        if self.due(self.config.save_every_n_steps, step) or self._signal is not None:
+        if self._agree_to_end() or self.due(self.config.save_every_n_steps, step):
             if self._metrics is not None:
                 self._metrics.sync()
             self._checkpoints.save(step)
@@ -204,7 +218,7 @@ class Run:
             optimizer,
             data,
             fingerprint=self._fingerprint(source, data),
-            device=self.device,
+            mesh=self.mesh,
             keep_last=self.config.keep_last_n_checkpoints,
             background=self.config.enable_async_checkpointing,
         )
@@ -234,18 +248,19 @@ class Run:
         self._progress.close()
         step = self._checkpoints.last_saved
         folder = self.folder / "checkpoints" / f"step-{step:08d}"
-        if self._signal is None:
+        if not self.stopped:
             self._check_saved(folder)
         if self.mesh.is_main:
             self._record_data()  # of a stream only now it is known
             write_report(self.folder)
             print(
-                f"{'saved' if self._signal is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
+                f"{'saved' if self._ending is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
                 file=sys.stderr,
             )
-        if self._signal is not None:
-            print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
-            raise SystemExit(128 + self._signal)
+        if self._ending is not None:
+            if self.mesh.is_main:
+                print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
+            raise SystemExit(128 + self._ending)
         return folder
 
     def close(self) -> None:
@@ -263,35 +278,51 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
 
     Raises UserError before anything is loaded where something can't work, or where the folder holds another run.
     """
-    check(config)
     device = pick_device(config.device)
     folder = Path(config.output_dir)
     resumes = config.resume_from_checkpoint or is_restart()
     run: Run | None = None
     with contextlib.ExitStack() as stack:
-        stack.callback(os.close, claim(folder, resumes))
+        stack.callback(stop_mesh)
+        mesh = start_mesh(device, Layout.of(config), config.dist_timeout_seconds)
+        check_same_everywhere(mesh, config)
+        mesh.on_all(lambda: check(config))
+        lock = mesh.from_main(lambda: claim(folder, resumes))
         try:
+            if mesh.is_main:
+                stack.callback(os.close, lock)
             stack.enter_context(end_on_sigterm())
-            resume_from = newest_checkpoint(folder) if resumes else None
-            _draw_seed(config, resume_from)
+            resume_from = mesh.from_main(lambda: newest_checkpoint(folder)) if resumes else None
+            _draw_seed(config, resume_from, mesh)
             if resume_from is not None:
-                check_same_run(resume_from, _fixed_settings(config, recipe))
-            seed_everything(config.seed or 0, config.deterministic)
-            stack.callback(stop_mesh)
-            run = Run(config, recipe, start_mesh(device, config.data_parallel_replicate_dim), folder, resume_from)
+                mesh.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
+            seed_everything((config.seed or 0) + mesh.dp_rank, config.deterministic)
+            run = Run(config, recipe, mesh, folder, resume_from)
             stack.callback(run.close)
             yield run
         except BaseException:
-            if not (resumes or (run is not None and run.has_begun)):
+            if mesh.is_main and not (resumes or (run is not None and run.has_begun)):
                 unclaim(folder)
             raise
 
 
-def _draw_seed(config: TrainSettings, resume_from: Path | None) -> None:
+def check_same_everywhere(mesh: Mesh, config: TrainSettings) -> None:
+    """Raise UserError on every rank where one has another config or other versions."""
+    own = {"tunesmith": tunesmith.__version__, "torch": torch.__version__, "the config": dump_config(config)}
+    for rank, other in enumerate(all_of := mesh.gather(own)):
+        for what, value in other.items():
+            if value != all_of[0][what]:
+                known = "" if what == "the config" else f" ({value} instead of {all_of[0][what]})"
+                raise UserError(
+                    f"rank {rank} has another version of {what} than rank 0{known}: start all with the same"
+                )
+
+
+def _draw_seed(config: TrainSettings, resume_from: Path | None, mesh: Mesh) -> None:
     """Fill in the seed where none is given: the one that was drawn before, or a new one."""
     if config.seed is None:
         drawn = read_state(resume_from)["fingerprint"]["seed"] if resume_from is not None else None
-        config.seed = int.from_bytes(os.urandom(4), "little") if drawn is None else drawn
+        config.seed = mesh.from_main(lambda: int.from_bytes(os.urandom(4), "little")) if drawn is None else drawn
 
 
 def _fixed_settings(config: TrainSettings, recipe: str) -> dict[str, Any]:

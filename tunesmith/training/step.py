@@ -8,10 +8,11 @@ update does not depend on how that was cut.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,8 @@ from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.head import Head
 from tunesmith.parallel.memory import offload_activations
-from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.mesh import LOSS, Mesh
+from tunesmith.parallel.pipeline import forward, forward_backward
 from tunesmith.training.optim import Optimizer
 
 LossFunction = Callable[[Head, Tensor, Batch], dict[str, tuple[Tensor, str]]]
@@ -65,17 +67,17 @@ def train_step(
     counts = global_counts(batches, mesh)
     lr = optimizer.set_step(step)
     sums: dict[str, Tensor] = {}
-    for batch in batches:
-        batch = batch.to(mesh.device)
-        with optimizer.precision(), offload_activations(optimizer.config.enable_activation_offloading, mesh.device):
-            hidden = model(batch.input_ids, batch.positions, batch.documents)
-            terms = loss_fn(model.lm_head, hidden, batch)
-            means = {name: value / max(counts[unit], 1) for name, (value, unit) in terms.items()}
-            loss = torch.stack(list(means.values())).sum()
-        optimizer.backward(loss)
+
+    def mean_loss(hidden: Tensor, batch: Batch) -> Tensor:
+        terms = loss_fn(model.lm_head, hidden, batch)
+        means = {name: value / max(counts[unit], 1) for name, (value, unit) in terms.items()}
         for name, value in means.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
-    totals = dict(zip(sums, mesh.sum([float(value) for value in sums.values()])))
+        return optimizer.scaled(torch.stack(list(means.values())).sum())
+
+    own = [own_tokens(model, batch, mesh).to(mesh.device) for batch in batches]
+    forward_backward(model, own, mean_loss, lambda: _computing(optimizer, mesh))
+    totals = _sum_terms({name: float(value) for name, value in sums.items()}, mesh)
     loss_value = sum(totals.values())
     grad_norm, applied = optimizer.step(finite_loss=math.isfinite(loss_value))
     if not applied and not optimizer.config.skip_nonfinite_steps and not optimizer.may_skip:
@@ -95,6 +97,31 @@ def train_step(
     )
 
 
+def _sum_terms(sums: dict[str, float], mesh: Mesh) -> dict[str, float]:
+    """Of every term over all ranks; ranks that compute no loss (stages of a pipeline) learn the names."""
+    names = (
+        list(dict.fromkeys(name for own in mesh.gather(list(sums)) for name in own))
+        if mesh.size("pp") > 1
+        else list(sums)
+    )
+    return dict(zip(names, mesh.sum([sums.get(name, 0.0) for name in names], LOSS)))
+
+
+def own_tokens(model: CausalLM, batch: Batch, mesh: Mesh) -> Batch:
+    """The batch with rows as long as the mesh can cut them, and of those the tokens of this rank."""
+    shards = model.sequence_shards
+    multiple = (shards.chunks if shards else 1) * mesh.size("tp")
+    batch = batch.padded_to(-(-batch.input_ids.shape[1] // multiple) * multiple)
+    return batch if shards is None else batch.map_tokens(lambda tokens, _: shards.own(tokens))
+
+
+@contextlib.contextmanager
+def _computing(optimizer: Optimizer, mesh: Mesh) -> Iterator[None]:
+    """The context of a forward pass whose activations are kept."""
+    with optimizer.precision(), offload_activations(optimizer.config.enable_activation_offloading, mesh.device):
+        yield
+
+
 def _advice(step: int) -> str:
     if step == 1:
         return "nothing was trained yet, so look whether the weights are whole, or use another `dtype`"
@@ -112,16 +139,22 @@ def validation_loss(
     was_training = model.training
     model.eval()
     sums: dict[str, float] = defaultdict(float)
+    units: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for micro_batches in batches:
         for batch in micro_batches:
-            batch = batch.to(mesh.device)
-            with optimizer.precision():
-                terms = loss_fn(model.lm_head, model(batch.input_ids, batch.positions, batch.documents), batch)
-            for name, (value, unit) in terms.items():
+            counts.update(batch.counts)
+
+        def loss_sums(hidden: Tensor, batch: Batch) -> None:
+            for name, (value, unit) in loss_fn(model.lm_head, hidden, batch).items():
                 sums[name] += float(value)
-                counts[name] += batch.counts[unit]
+                units[name] = unit
+
+        own = [own_tokens(model, batch, mesh).to(mesh.device) for batch in micro_batches]
+        forward(model, own, loss_sums, optimizer.precision)
     model.train(was_training)
-    names = sorted(sums)
-    totals = mesh.sum([sums[name] for name in names] + [counts[name] for name in names])
-    return sum(total / max(count, 1) for total, count in zip(totals, totals[len(names) :]))
+    units = dict(pair for own in mesh.gather(list(units.items())) for pair in own)
+    totals = _sum_terms(sums, mesh)
+    names = sorted(counts)
+    over_all = dict(zip(names, mesh.sum([counts[name] for name in names])))
+    return sum(total / max(over_all[units[name]], 1) for name, total in totals.items())

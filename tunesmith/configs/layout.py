@@ -1,0 +1,85 @@
+"""How many ranks share what: the sizes of the mesh's axes, checked against each other, against the model and the number of processes. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.errors import UserError
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+OPTIONS = {
+    "pp": "pipeline_parallel_dim",
+    "dp_replicate": "data_parallel_replicate_dim",
+    "dp_shard": "data_parallel_shard_dim",
+    "cp": "context_parallel_dim",
+    "tp": "tensor_parallel_dim",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes; -1 for dp_shard: all ranks that are left."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    cp: int = 1
+    tp: int = 1
+
+    @classmethod
+    def of(cls, config: Any) -> Layout:
+        """The layout that a recipe's options ask for."""
+        return cls(**{axis: getattr(config, option) for axis, option in OPTIONS.items()})
+
+    def sizes(self, world_size: int) -> tuple[int, ...]:
+        """The size of every axis in the order of AXES. Raises UserError where they do not multiply to `world_size`."""
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if -1 in sizes.values():
+            if world_size % fixed:
+                raise UserError(
+                    f"{self._named(sizes)} needs a multiple of {fixed} processes, but {_started(world_size)}"
+                )
+            sizes = {axis: world_size // fixed if size == -1 else size for axis, size in sizes.items()}
+        elif fixed != world_size:
+            raise UserError(
+                f"{self._named(sizes)} makes {fixed} processes, but {_started(world_size)}: "
+                "change one of them, or let `data_parallel_shard_dim: -1` take what is left"
+            )
+        return tuple(sizes[axis] for axis in AXES)
+
+    def _named(self, sizes: dict[str, int]) -> str:
+        given = [f"`{OPTIONS[axis]}: {size}`" for axis, size in sizes.items() if size not in (1, -1)]
+        return " x ".join(given) or "the layout's sizes"
+
+    def problems(self, shape: Any) -> Iterator[str]:
+        """One sentence for everything of a model's `shape` (a DecoderConfig) that this layout can't cut."""
+        for what, count in (
+            ("attention heads", shape.num_attention_heads),
+            ("key-value heads", shape.num_key_value_heads),
+            ("feed-forward columns", shape.intermediate_size),
+        ):
+            if count % self.tp:
+                yield (
+                    f"`tensor_parallel_dim: {self.tp}` does not divide the model's {count} {what}: take "
+                    f"{_divisors(shape, self.tp)}"
+                )
+        if self.pp > shape.num_hidden_layers:
+            yield (
+                f"`pipeline_parallel_dim: {self.pp}` is more than the model's {shape.num_hidden_layers} layers: "
+                "every stage needs at least one"
+            )
+
+
+def _divisors(shape: Any, wanted: int) -> str:
+    common = math.gcd(shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size)
+    fitting = [str(size) for size in range(1, min(common, 64) + 1) if common % size == 0]
+    return " or ".join(fitting)
+
+
+def _started(world_size: int) -> str:
+    return f"{world_size} {'was' if world_size == 1 else 'were'} started"

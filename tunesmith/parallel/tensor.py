@@ -1,0 +1,226 @@
+"""Tensor parallelism: every matrix cut over the ranks of an axis, as a family's plan of words says (models/family.py lists them).
+
+Parameters become plain tensors of their local shape, so kernels, quantizers and adapters work on them as they are; which
+part of the whole a rank holds is written down for loading and saving. Between the two halves of a layer every rank holds
+its part of the tokens (sequence parallelism, arXiv 2205.05198) or, without it, all of them.
+
+B batch, T tokens, D hidden, H heads, R rank of an adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.nn.collectives import Group, copied, gathered, scattered_sum, shared_sum, summed
+from tunesmith.nn.head import Head, VocabularyShard
+from tunesmith.nn.lora import LoRALayer
+from tunesmith.nn.norm import RMSNorm
+from tunesmith.nn.part import Part, Range
+from tunesmith.nn.quantize import BLOCK_SIZE, NF4Linear
+from tunesmith.parallel.mesh import Mesh
+
+_SEQUENCE = 1  # the dim of tokens in (B, T, D)
+_OUTPUTS = ("colwise", "fused_qkv", "fused_pair")
+"""Words for matrices whose output features are cut."""
+
+
+def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: Mesh, sequence_parallel: bool) -> None:
+    """Cut the modules of `model` (on the meta device) that `plan` names, in place.
+
+    Leaves on the model: `tensor_parts`, {parameter: part that this rank holds}, and `summed_over_tp`, the names of the
+    parameters that are whole on every rank and of whose gradient each rank has a summand.
+    """
+    if mesh.size("tp") == 1:
+        return
+    group = mesh.group("tp")
+    split = _Split(group, sequence_parallel)
+    words = {name: word for name, _ in model.named_modules() if (word := _word(plan, name))}
+    parts: dict[str, Part] = {}
+    partial: set[str] = set()
+    for name, word in words.items():
+        module, owner = model.get_submodule(name), cast(Any, model.get_submodule(name.rpartition(".")[0]))
+        if word == "fused_qkv":
+            heads = (owner.num_heads, owner.num_key_value_heads, owner.num_key_value_heads)
+            pieces = tuple(count * owner.head_dim for count in heads)
+        else:
+            pieces = (1, 1) if word == "fused_pair" else (1,)
+        parts |= {f"{name}.{leaf}": part for leaf, part in _cut(module, word, pieces, group).items()}
+        partial |= {f"{name}.{leaf}" for leaf in _partial(module, word)}
+        _rewire(module, word, split)
+    for name in {name.rpartition(".")[0] for name, word in words.items() if word in _OUTPUTS}:
+        split.wrap_input(model.get_submodule(name))
+    split.wrap_decoder(model.model)  # type: ignore[arg-type]
+    if sequence_parallel:  # what is whole sees a part of the tokens only
+        partial |= {name for name, _ in model.named_parameters() if name not in parts}
+    model.tensor_parts, model.summed_over_tp = parts, partial  # type: ignore[assignment]
+
+
+def _word(plan: dict[str, str], name: str) -> str | None:
+    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return plan.get(generic)
+
+
+# --- which part a rank holds -------------------------------------------------------------------------
+
+
+def even(size: int, group: Group) -> Range:
+    """This rank's range of `size` things; the last ranks get fewer where they don't come out even."""
+    most = -(-size // group.size())
+    start = min(group.rank() * most, size)
+    return start, min(start + most, size)
+
+
+def _cut(module: nn.Module, word: str, pieces: tuple[int, ...], group: Group) -> dict[str, Part]:
+    """Give the module parameters of their local shape (on meta); return the part of each that is cut.
+
+    pieces: relative numbers of outputs of what a matrix is fused of; each is cut on its own.
+    """
+    parts = {}
+    if isinstance(module, NF4Linear):
+        whole = module.weight_shapes()["weight"]
+        if part := _part_of("weight", whole, word, pieces, group):
+            parts["weight"] = part
+            module.out_features, module.in_features = part.local_shape
+            _check_blocks(part)
+            blocks = part.local_shape.numel() // BLOCK_SIZE
+            quantized = torch.empty(blocks, module.weight_nf4.shape[1], dtype=torch.uint8, device="meta")
+            module.weight_nf4 = nn.Parameter(quantized, requires_grad=False)
+    for leaf, parameter in list(module.named_parameters(recurse=False)):
+        if leaf != "weight_nf4" and (part := _part_of(leaf, parameter.shape, word, pieces, group)):
+            parts[leaf] = part
+            local = torch.empty(part.local_shape, dtype=parameter.dtype, device=parameter.device)
+            setattr(module, leaf, nn.Parameter(local, requires_grad=parameter.requires_grad))
+    if isinstance(module, nn.Linear) and not isinstance(module, NF4Linear):
+        module.out_features, module.in_features = module.weight.shape
+    return parts
+
+
+def _part_of(leaf: str, shape: torch.Size, word: str, pieces: tuple[int, ...], group: Group) -> Part | None:
+    """The part of parameter `leaf`; None: it is whole on every rank."""
+    whole = Part.whole(shape)
+    by_rows = word == "all_heads" or (word != "rowwise" and leaf in ("weight", "bias", "lora_B", "lora_magnitude"))
+    if word in (*_OUTPUTS, "embedding", "head", "all_heads") and by_rows:
+        return Part(whole.shape, tuple(_even_pieces(shape[0], pieces, group)))
+    if word == "rowwise" and leaf in ("weight", "lora_A"):
+        return Part(whole.shape, whole.rows, even(shape[1], group))
+    return None
+
+
+def _even_pieces(outputs: int, pieces: tuple[int, ...], group: Group) -> Iterator[Range]:
+    """This rank's range of each piece, of `outputs` in all."""
+    start = 0
+    for share in pieces:
+        size = outputs * share // sum(pieces)
+        first, last = even(size, group)
+        yield start + first, start + last
+        start += size
+
+
+def _check_blocks(part: Part) -> None:
+    rows, columns = part.local_shape
+    aligned = columns if part.columns is not None else rows * columns
+    if aligned % BLOCK_SIZE or any(((stop - start) * columns) % BLOCK_SIZE for start, stop in part.rows):
+        raise ValueError(f"a part of shape {(rows, columns)} does not end on the edge of a block of {BLOCK_SIZE}")
+
+
+def _partial(module: nn.Module, word: str) -> list[str]:
+    """Parameters that stay whole, and of whose gradient each rank computes a summand."""
+    leaves = [leaf for leaf, _ in module.named_parameters(recurse=False)]
+    if word in _OUTPUTS or word == "head":
+        return [leaf for leaf in leaves if leaf == "lora_A"]
+    if word == "rowwise":
+        return [leaf for leaf in leaves if leaf in ("lora_B", "lora_magnitude")]
+    return leaves if word == "per_head" else []
+
+
+# --- what a module computes with its part ------------------------------------------------------------
+
+
+class _Split:
+    """How a stream of hidden states (B, T, D) enters and leaves the region where every rank computes its part."""
+
+    def __init__(self, group: Group, sequence_parallel: bool):
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def enter(self, x: Tensor) -> Tensor:
+        return gathered(x, _SEQUENCE, self.group, sums=True) if self.sequence_parallel else copied(x, self.group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        return scattered_sum(x, _SEQUENCE, self.group) if self.sequence_parallel else summed(x, self.group)
+
+    def wrap_input(self, module: nn.Module) -> None:
+        """Attention or feed-forward: its matrices are cut by outputs first, so it sees all tokens."""
+        forward = module.forward
+
+        def entered(x: Tensor, *more: Any) -> Tensor:
+            return forward(self.enter(x), *more)
+
+        module.forward = entered
+
+    def wrap_decoder(self, decoder: nn.Module) -> None:
+        """What comes out of the decoder is whole and the same on all ranks, and so is its gradient."""
+        forward = decoder.forward
+
+        def whole(*inputs: Any) -> Tensor:
+            hidden = forward(*inputs)
+            is_stream = decoder.is_last and self.sequence_parallel  # type: ignore[attr-defined]
+            return gathered(hidden, _SEQUENCE, self.group, sums=False) if is_stream else hidden
+
+        decoder.forward = whole
+
+
+def _rewire(module: nn.Module, word: str, split: _Split) -> None:
+    """Make `module` compute with its part what the whole would."""
+    if word == "rowwise":
+        _sum_outputs(module, split)
+    elif word == "embedding":
+        _look_up_own_rows(module, split)  # type: ignore[arg-type]
+    elif word == "head":
+        assert isinstance(module, Head)
+        module.shard = VocabularyShard(*even(module.vocab_size, split.group), split.group)
+    elif word == "all_heads":
+        _norm_over_all(module, split.group)  # type: ignore[arg-type]
+    if isinstance(module, LoRALayer) and word == "rowwise":
+        module.over_inputs = lambda lengths: summed(lengths.square(), split.group).sqrt()
+
+
+def _sum_outputs(module: Any, split: _Split) -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = split.leave(_without_bias(module, x))
+        return y if module.bias is None else y + module.bias.to(y.dtype)
+
+    module.forward = forward
+
+
+def _without_bias(module: Any, x: Tensor) -> Tensor:
+    if isinstance(module, LoRALayer):
+        return module.project(x)
+    return module.project_quantized(x) if isinstance(module, NF4Linear) else F.linear(x, module.weight)
+
+
+def _look_up_own_rows(module: nn.Embedding, split: _Split) -> None:
+    start, stop = even(module.num_embeddings, split.group)
+
+    def forward(input: Tensor) -> Tensor:
+        is_own = (input >= start) & (input < stop)
+        rows = F.embedding(torch.where(is_own, input - start, 0), module.weight)
+        return split.leave(rows * is_own[..., None])
+
+    module.forward = forward
+
+
+def _norm_over_all(norm: RMSNorm, group: Group) -> None:
+    """A norm over the features of all ranks: the mean of squares is theirs together."""
+
+    def forward(x: Tensor) -> Tensor:
+        wide = x.float()
+        mean_square = shared_sum(wide.square().sum(-1, keepdim=True), group) / (x.shape[-1] * group.size())
+        return norm.scaled(wide * torch.rsqrt(mean_square + norm.eps), x)
+
+    norm.forward = forward
