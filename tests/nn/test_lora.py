@@ -138,9 +138,7 @@ def test_fresh_adapters_change_nothing(use_dora, quantize_base, tied):
     apply_lora(model, target_modules=["q_proj", "up_proj", "lm_head"], use_dora=use_dora, quantize_base=quantize_base)
     reset_adapters(model, seed=0)
     assert_close(model(IDS), before, 1e-6)
-    assert all(layer.changes_nothing() for layer in adapter_layers(model).values())
     randomise(model)
-    assert not any(layer.changes_nothing() for layer in adapter_layers(model).values())
     assert (model(IDS) - before).abs().max() > 0.01
     with adapters_off(model):
         assert torch.equal(model(IDS), before)

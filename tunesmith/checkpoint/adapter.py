@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.check import TOLERANCES, check_logits, probe_logits
-from tunesmith.checkpoint.hf import SavesFiles, explain_full_disk, save_tokenizer
+from tunesmith.checkpoint.hf import SavesFiles, explain_full_disk, outgoing, save_tokenizer, staged
 from tunesmith.checkpoint.tensor_files import StoredTensor, read_tensor_file, write_tensors, write_text
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
-from tunesmith.nn.lora import adaptable_layers, adapter_layers, adapter_state, adapters_off, apply_lora
+from tunesmith.nn.lora import (
+    ADAPTER_PARAMETERS,
+    adaptable_layers,
+    adapter_layers,
+    adapter_state,
+    adapters_off,
+    apply_lora,
+)
+from tunesmith.nn.part import parameter_parts, speaks_for
+from tunesmith.parallel.mesh import Ranks
 
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -121,21 +130,25 @@ def load_adapter(model: CausalLM, folder: str | Path) -> None:
     another shape: the adapter of another model, or of another shape than the layers on this one.
     """
     config, stored = read_adapter_config(folder), _read_tensors(Path(folder))
-    wanted = {peft_name(name): parameter for name, parameter in adapter_state(model).items()}
+    parts = {peft_name(name): part for name, part in parameter_parts(model).items() if _is_adapters(name)}
     for name, tensor in stored.items():
-        if name in wanted:
-            if tensor.shape != wanted[name].shape:
-                shapes = f"its {name} has the shape {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}"
+        if name in parts:
+            if tensor.shape != parts[name].shape:
+                shapes = f"its {name} has the shape {tuple(tensor.shape)}, the model needs {tuple(parts[name].shape)}"
                 raise UserError(_another_base(folder, config, shapes))
         elif name.endswith(_EMBEDDINGS):
             _check_embedding(model, name, tensor)
         else:
             raise UserError(_another_base(folder, config, f"it has {name}, and the model no adapter there"))
-    lacking = [name for name in wanted if name not in stored]
+    lacking = [name for name in parts if name not in stored]
     if lacking:
         raise UserError(_another_base(folder, config, f"the model has an adapter at {lacking[0]}, and it none"))
-    for name, parameter in wanted.items():
-        stored[name].read_into(parameter)
+    for name, parameter in adapter_state(model).items():
+        stored[peft_name(name)].read_into(parameter, parts[peft_name(name)])
+
+
+def _is_adapters(name: str) -> bool:
+    return name.rpartition(".")[2] in ADAPTER_PARAMETERS
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -188,9 +201,12 @@ def _check_embedding(model: CausalLM, name: str, tensor: StoredTensor) -> None:
 # --- writing -----------------------------------------------------------------------------------------
 
 
-def adapter_config(model: CausalLM, base_name: str | None) -> dict[str, Any]:
-    """The adapter_config.json from which PEFT makes the adapter of `model`."""
-    settings = {name: layer.lora for name, layer in adapter_layers(model).items()}
+def adapter_config(model: CausalLM, base_name: str | None, ranks: Ranks | None = None) -> dict[str, Any]:
+    """The adapter_config.json from which PEFT makes the adapter of `model`, whose layers `ranks` may hold together."""
+    ranks = ranks or Ranks()
+    own = {name: layer.lora for name, layer in adapter_layers(model).items()}
+    settings = {name: lora for held in ranks.gather(own) for name, lora in held.items()}
+    adaptable = [name for held in ranks.gather(list(adaptable_layers(model))) for name in held]
     if not settings:
         raise ValueError("the model has no adapter")
     rank, alpha = (
@@ -206,7 +222,7 @@ def adapter_config(model: CausalLM, base_name: str | None) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": _whole(alpha),
         "lora_dropout": first.dropout,
-        "target_modules": _shortest_targets(model, list(settings)),
+        "target_modules": _shortest_targets(adaptable, list(settings)),
         "rank_pattern": {_exactly(name): lora.rank for name, lora in settings.items() if lora.rank != rank},
         "alpha_pattern": {_exactly(name): _whole(lora.alpha) for name, lora in settings.items() if lora.alpha != alpha},
         "use_dora": first.use_dora,
@@ -229,10 +245,10 @@ def _exactly(name: str) -> str:
     return "^" + name.replace(".", r"\.")
 
 
-def _shortest_targets(model: CausalLM, names: list[str]) -> list[str]:
+def _shortest_targets(adaptable: list[str], names: list[str]) -> list[str]:
     """Last names where they mean exactly these layers (what other programs expect), else full names."""
     leaves = sorted({name.rpartition(".")[2] for name in names})
-    meant = {name for name in adaptable_layers(model) if name.rpartition(".")[2] in leaves}
+    meant = {name for name in adaptable if name.rpartition(".")[2] in leaves}
     return leaves if meant == set(names) else names
 
 
@@ -242,22 +258,31 @@ def stage_adapter(
     tokenizer: SavesFiles | None = None,
     copy: bool = False,
     dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> Callable[[Path], dict[str, str]]:
     """Take the adapter as it is now; return the function that writes it into a folder for PEFT and returns {file: sha256}.
 
-    copy: keep copies, so that training may go on while they are written. dtype: of the files; default: the adapter's. The writer lets OSError pass.
+    copy: keep copies, so that training may go on while they are written. dtype: of the files; default: the adapter's.
+    ranks: those that hold the model together, all of which call the writer. The writer lets OSError pass.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in adapter_state(model).items():
-        converted = tensor.to(dtype or tensor.dtype)
-        tensors[peft_name(name)] = converted.to("cpu", copy=True) if copy else converted
-    config = adapter_config(model, base_name)
+    ranks = ranks or Ranks()
+    parts, speaks = parameter_parts(model), speaks_for(model)
+    tensors = {
+        peft_name(name): outgoing(parameter, parts[name], speaks(name), dtype)
+        for name, parameter in model.named_parameters()
+        if _is_adapters(name)
+    }
+    if copy:
+        tensors = staged(tensors)
+    config = adapter_config(model, base_name, ranks)
 
     def write(folder: Path) -> dict[str, str]:
-        folder.mkdir(parents=True, exist_ok=True)
-        digests = write_tensors(tensors, folder, "adapter_model", math.inf)
-        digests[CONFIG] = write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        return digests | save_tokenizer(tokenizer, folder)
+        digests = write_tensors(tensors, folder, "adapter_model", math.inf, ranks)
+        return digests | ranks.from_main(lambda: write_rest(folder))
+
+    def write_rest(folder: Path) -> dict[str, str]:
+        digest = write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return {CONFIG: digest} | save_tokenizer(tokenizer, folder)
 
     return write
 
@@ -270,6 +295,7 @@ def save_adapter(
     base_name: folder or Hub id of the base model, for those who load the adapter.
     """
     with explain_full_disk(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         return stage_adapter(model, base_name, tokenizer)(Path(folder))
 
 
@@ -278,12 +304,9 @@ def save_adapter(
 
 def check_changes_something(model: CausalLM, logits: Tensor | None = None) -> None:
     """Raise UserError where the adapter of `model` doesn't change its logits at all."""
-    layers = adapter_layers(model).values()
-    unchanged = all(layer.changes_nothing() for layer in layers)
-    if not unchanged:
-        logits = probe_logits(model) if logits is None else logits
-        with adapters_off(model):
-            unchanged = torch.equal(logits, probe_logits(model))
+    logits = probe_logits(model) if logits is None else logits
+    with adapters_off(model):
+        unchanged = torch.equal(logits, probe_logits(model))
     if unchanged:
         raise UserError(
             "the adapter changes nothing, the logits are those of its base: it was not trained, or with a learning rate too small for its number type"
@@ -307,5 +330,5 @@ def check_saved_adapter(model: CausalLM, folder: str | Path, tolerance: float | 
         for name, tensor in adapter_state(model).items():
             tensor.copy_(before[name])
     if tolerance is None:
-        tolerance = TOLERANCES[model.model.norm.weight.dtype]
+        tolerance = TOLERANCES[model.model.compute_dtype]
     return check_logits(ours, theirs, tolerance, str(folder))

@@ -16,6 +16,7 @@ from tunesmith.checkpoint.tensor_files import sha256_of
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM, build
 from tunesmith.nn.head import Head
+from tunesmith.parallel.mesh import Ranks
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits read back, relative to the largest logit; rounding alone stays below it."""
@@ -49,7 +50,7 @@ def probe_logits(model: CausalLM, device: torch.device | None = None) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        ids = probe_ids(model.config.vocab_size, device or model.model.embed_tokens.weight.device)
+        ids = probe_ids(model.config.vocab_size, device or model.model.device)
         return model.logits(ids).float().cpu()
     finally:
         model.train(was_training)
@@ -113,14 +114,20 @@ def check_logits(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> f
     return difference
 
 
-def check_saved(model: CausalLM, folder: str | Path, tolerance: float | None = None) -> float:
+def check_saved(
+    model: CausalLM, folder: str | Path, tolerance: float | None = None, ranks: Ranks | None = None
+) -> float:
     """Read the repository in `folder` back and compare its logits with those of `model`; return the largest relative difference.
 
-    tolerance: default by the number types, see TOLERANCES. No second copy of the model is held. Raises UserError for a difference above it.
+    tolerance: default by the number types, see TOLERANCES. No second copy of the model is held. ranks: those that hold the model
+    together, all of which call this. Raises UserError for a difference above the tolerance.
     """
-    device = model.model.embed_tokens.weight.device
-    theirs = logits_from_files(folder, device)
     if tolerance is None:
-        types = (stated_dtype(read_model_config(folder)[0]), model.model.embed_tokens.weight.dtype)
+        types = (stated_dtype(read_model_config(folder)[0]), model.model.compute_dtype)
         tolerance = max(TOLERANCES.get(dtype, 1e-4) for dtype in types)
-    return check_logits(probe_logits(model), theirs, tolerance, str(folder))
+    ours, device = probe_logits(model), model.model.device
+
+    def compare() -> float:
+        return check_logits(ours, logits_from_files(folder, device), tolerance, str(folder))
+
+    return (ranks or Ranks()).from_main(compare)

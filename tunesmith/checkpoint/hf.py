@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,9 @@ from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.weights import file_name
 from tunesmith.nn.lora import ADAPTER_PARAMETERS, LoRAHead, LoRALayer, check_mergeable
+from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.nn.quantize import NF4Linear
+from tunesmith.parallel.mesh import Ranks
 
 __all__ = [
     "SavesFiles",
@@ -59,6 +62,7 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
     NF4 weights: what was rounded to 4 bits is not the model any more.
     """
     found: dict[str, Outgoing] = {}
+    parts, speaks = parameter_parts(model), speaks_for(model)
     for prefix, module in model.named_modules():
         if isinstance(module, LoRALayer):
             check_mergeable(prefix, module)
@@ -68,25 +72,36 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
             )
         merged = module if isinstance(module, LoRALayer) else None
         for leaf, parameter in module.named_parameters(recurse=False):
-            if leaf not in ADAPTER_PARAMETERS:
-                _add_outgoing(found, f"{prefix}.{leaf}", parameter, dtype, merged if leaf == "weight" else None)
+            if leaf in ADAPTER_PARAMETERS:
+                continue
+            name = f"{prefix}.{leaf}"
+            if merged and leaf == "weight":
+                found[name] = _merged(merged, parameter, dtype)
+            else:
+                found[name] = outgoing(parameter, parts[name], speaks(name), dtype)
         if isinstance(module, LoRAHead) and module.tied_to is not None:
-            _add_outgoing(found, f"{prefix}.weight", module.matrix, dtype, module)
+            found[f"{prefix}.weight"] = _merged(module, module.matrix, dtype)
     operators = getattr(model, "weights", ())
     return {file_name(operators, name): one for name, one in found.items()}
 
 
-def _add_outgoing(
-    found: dict[str, Outgoing], name: str, parameter: Tensor, dtype: torch.dtype | None, merged: LoRALayer | None
-) -> None:
-    wanted = (dtype or parameter.dtype) if parameter.dtype.is_floating_point else parameter.dtype
-    found[name] = Outgoing(parameter.shape, wanted, merged.merged_weight if merged else lambda: parameter.detach())
+def outgoing(tensor: Tensor, part: Part, speaks: bool, dtype: torch.dtype | None = None) -> Outgoing:
+    """A parameter, or the part of it that this rank holds, to be written in `dtype` (default: its own)."""
+    return Outgoing(torch.Size(part.shape), _written(tensor, dtype), lambda: local_tensor(tensor.detach()), part, speaks)
+
+
+def _merged(layer: LoRALayer, weight: Tensor, dtype: torch.dtype | None) -> Outgoing:
+    return Outgoing(weight.shape, _written(weight, dtype), layer.merged_weight)
+
+
+def _written(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return (dtype or tensor.dtype) if tensor.dtype.is_floating_point else tensor.dtype
 
 
 def saved_config(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """The config.json of `model` as it is saved: number type, architecture and tie as they are in the files."""
     config = dict(model.hf_config)
-    written = dtype or model.model.embed_tokens.weight.dtype
+    written = dtype or model.model.weight_dtype
     key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
     config[key] = str(written).removeprefix("torch.")
     if "dtype" in config:
@@ -94,11 +109,8 @@ def saved_config(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str,
     if not set(config.get("architectures") or ()) & set(model.family.architectures):
         config["architectures"] = [model.family.architectures[0]]
     config.pop("quantization_config", None)
-    if (
-        isinstance(model.lm_head, LoRAHead)
-        and model.lm_head.tied_to is not None
-        or "lm_head.weight" in dict(model.named_parameters())
-    ):
+    head = model.lm_head
+    if not model.config.tie_word_embeddings or isinstance(head, LoRAHead) or (head is not None and head.tied_to is None):
         config["tie_word_embeddings"] = False
     return config
 
@@ -120,26 +132,37 @@ def stage_repository(
     copy: bool = False,
     dtype: torch.dtype | None = None,
     max_shard_size: float = MAX_SHARD_SIZE,
+    ranks: Ranks | None = None,
 ) -> Callable[[Path], dict[str, str]]:
     """Take the model as it is now; return the function that writes it into a folder as a repository and returns {file: sha256}.
 
     copy: keep copies on the CPU, so that training may go on while they are written. source: the folder whose generation_config.json goes along.
-    The writer lets OSError pass.
+    ranks: those that hold the model together, all of which call the writer. The writer lets OSError pass.
     """
-    weights: Mapping[str, Tensor | Outgoing] = outgoing_weights(model, dtype)
+    ranks = ranks or Ranks()
+    weights = outgoing_weights(model, dtype)
     config = saved_config(model, dtype)
     if copy:
-        weights = {
-            name: one.make().to("cpu", one.dtype, copy=True) for name, one in outgoing_weights(model, dtype).items()
-        }
+        weights = staged(weights)
 
     def write(folder: Path) -> dict[str, str]:
-        folder.mkdir(parents=True, exist_ok=True)
-        digests = write_tensors(weights, folder, "model", max_shard_size)
-        digests["config.json"] = write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        return digests | copy_files(source, folder, ("generation_config.json",)) | save_tokenizer(tokenizer, folder)
+        digests = write_tensors(weights, folder, "model", max_shard_size, ranks)
+        return digests | ranks.from_main(lambda: write_rest(folder))
+
+    def write_rest(folder: Path) -> dict[str, str]:
+        digest = write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        beside = copy_files(source, folder, ("generation_config.json",))
+        return {"config.json": digest} | beside | save_tokenizer(tokenizer, folder)
 
     return write
+
+
+def staged(tensors: Mapping[str, Outgoing]) -> dict[str, Outgoing]:
+    """Copies on the host of what this rank will give, as it is now."""
+    copies = {
+        name: one.make().detach().to("cpu", one.dtype, copy=True) for name, one in tensors.items() if one.speaks
+    }
+    return {name: replace(tensors[name], make=lambda copied=copied: copied) for name, copied in copies.items()}
 
 
 def copy_files(source: str | Path | None, folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -178,6 +201,7 @@ def write_repository(
     """Write `model` as a repository that transformers loads; return {file: sha256}. Raises UserError for a full disk."""
     folder = Path(folder)
     with explain_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         return stage_repository(model, tokenizer, source, dtype=dtype, max_shard_size=max_shard_size)(folder)
 
 

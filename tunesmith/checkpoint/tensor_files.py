@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from tunesmith.errors import UserError
 from tunesmith.nn.part import Part
+from tunesmith.parallel.mesh import Ranks
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,6 +43,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64  # bytes, of the first tensor in files we write: what vector instructions like best
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _ROWS_AT_ONCE = 16 << 20  # bytes
+_SMALLEST_SHARED_SHARD = 256e6  # bytes; files below are not split to let several ranks write
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -280,46 +283,153 @@ def _and_more(names: Iterable[str], shown: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A tensor to be written, made when its turn comes."""
+    """A tensor to be written, or the part of it that this rank holds; made when its turn comes."""
 
     shape: torch.Size
+    """Of the whole."""
     dtype: torch.dtype
     make: Callable[[], Tensor]
+    part: Part | None = None
+    """What `make` gives of the whole; None: all."""
+    speaks: bool = True
+    """Whether this rank gives it: of several that hold the same, one does."""
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Of the whole, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def own(self) -> Tensor:
+        """What this rank holds, on the host."""
+        values = self.make().detach().to("cpu", self.dtype).contiguous()
+        assert values.shape == (self.shape if self.part is None else self.part.local_shape)
+        return values
 
 
 def write_tensors(
-    tensors: Mapping[str, Tensor | Outgoing], folder: Path, stem: str, max_shard_size: float = 5e9
+    tensors: Mapping[str, Tensor | Outgoing],
+    folder: Path,
+    stem: str,
+    max_shard_size: float = 5e9,
+    ranks: Ranks | None = None,
 ) -> dict[str, str]:
     """Write `tensors` as `stem`.safetensors, or as shards of at most `max_shard_size` bytes with an index; return {file: sha256}.
 
-    Each file appears under its name only when it is whole and on the disk. OSError passes through.
+    On several ranks each names the tensors of which it holds a part, and all call this together: files are dealt out over
+    the ranks, and their tensors brought together one at a time by the rank that writes them.
+    Each file appears under its name only when it is whole and on the disk. OSError passes through, on all ranks.
     """
+    ranks = ranks or Ranks()
     outgoing = {name: _as_outgoing(tensor) for name, tensor in tensors.items()}
-    shards = _cut(outgoing, max_shard_size)
+    spoken = {name: (one.shape, one.dtype, one.part) for name, one in outgoing.items() if one.speaks}
+    holders: dict[str, list[tuple[int, Part]]] = {}
+    wholes: dict[str, Outgoing] = {}
+    for rank, held in enumerate(ranks.gather(spoken)):
+        for name, (shape, dtype, part) in held.items():
+            holders.setdefault(name, []).append((rank, part or Part.whole(shape)))
+            wholes.setdefault(name, Outgoing(shape, dtype, lambda: torch.empty(0)))
+    if ranks.world_size > 1:  # smaller files, so that several ranks write
+        total = sum(one.size for one in wholes.values())
+        max_shard_size = min(max_shard_size, max(total / ranks.world_size, _SMALLEST_SHARED_SHARD))
+    shards = _cut(wholes, max_shard_size)
+    names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = dict(zip(names if len(shards) > 1 else [f"{stem}.safetensors"], shards))
+    digests = _write_files(files, folder, outgoing, holders, ranks)
     if len(shards) == 1:
-        return {f"{stem}.safetensors": _write_file(folder / f"{stem}.safetensors", shards[0])}
-    digests, weight_map = {}, {}
-    for number, shard in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        digests[file] = _write_file(folder / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    total = {
-        "total_size": sum(one.size for one in outgoing.values()),
-        "total_parameters": sum(math.prod(one.shape) for one in outgoing.values()),
+        return digests
+    total_size = {
+        "total_size": sum(one.size for one in wholes.values()),
+        "total_parameters": sum(math.prod(one.shape) for one in wholes.values()),
     }
-    index = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-    digests[f"{stem}.safetensors.index.json"] = write_text(folder / f"{stem}.safetensors.index.json", index)
-    return digests
+    weight_map = {name: file for file, shard in files.items() for name in shard}
+    index = json.dumps({"metadata": total_size, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    path = folder / f"{stem}.safetensors.index.json"
+    return digests | {path.name: ranks.from_main(lambda: write_text(path, index))}
+
+
+def _write_files(
+    files: dict[str, dict[str, Outgoing]],
+    folder: Path,
+    outgoing: dict[str, Outgoing],
+    holders: dict[str, list[tuple[int, Part]]],
+    ranks: Ranks,
+) -> dict[str, str]:
+    """Files go to ranks in turn; in each round every writer gets its next tensor."""
+    queues: list[list[tuple[str, str]]] = [[] for _ in range(ranks.world_size)]
+    for number, (file, shard) in enumerate(files.items()):
+        # The format allows no gaps. With wide types first, every tensor starts at a multiple of its own type's size.
+        ordered = sorted(shard, key=lambda name: -shard[name].dtype.itemsize)
+        queues[number % ranks.world_size] += [(file, name) for name in ordered]
+    digests: dict[str, str] = {}
+    error: OSError | None = None
+    writing: _Writing | None = None
+    try:
+        for turn in range(max(map(len, queues), default=0)):
+            now = [queue[turn] if turn < len(queue) else None for queue in queues]
+            whole = _bring_together(now, files, outgoing, holders, ranks)
+            if whole is None or error is not None:  # whoever can't write still gives the others what is theirs
+                continue
+            file, name = now[ranks.rank]  # type: ignore[misc]
+            try:
+                if writing is None:
+                    writing = _Writing(folder / file, _header(files[file]))
+                writing.add(_view_bytes(whole))
+                if turn + 1 == len(queues[ranks.rank]) or queues[ranks.rank][turn + 1][0] != file:
+                    digests[file], writing = writing.finish(), None
+            except OSError as raised:
+                error = raised
+    finally:
+        if writing is not None:
+            writing.abort()
+
+    def own() -> dict[str, str]:
+        if error is not None:
+            raise error
+        return digests
+
+    return {file: digest for written in ranks.on_all(own) for file, digest in written.items()}
+
+
+def _bring_together(
+    now: list[tuple[str, str] | None],
+    files: dict[str, dict[str, Outgoing]],
+    outgoing: dict[str, Outgoing],
+    holders: dict[str, list[tuple[int, Part]]],
+    ranks: Ranks,
+) -> Tensor | None:
+    """Send what other ranks write in this round, and return, whole, what this one writes (None: nothing)."""
+    waiting = []
+    for writer, entry in enumerate(now):
+        if entry is not None and writer != ranks.rank and any(rank == ranks.rank for rank, _ in holders[entry[1]]):
+            waiting.append(ranks.send(outgoing[entry[1]].own(), writer))
+    entry, whole = now[ranks.rank], None
+    if entry is not None:
+        whole = _assemble(files[entry[0]][entry[1]], holders[entry[1]], outgoing.get(entry[1]), ranks)
+    for wait in waiting:
+        wait()
+    return whole
+
+
+def _assemble(one: Outgoing, holders: list[tuple[int, Part]], own: Outgoing | None, ranks: Ranks) -> Tensor:
+    if holders == [(ranks.rank, Part.whole(one.shape))]:
+        assert own is not None
+        return own.own()
+    whole = torch.empty(one.shape, dtype=one.dtype)
+    for rank, part in holders:
+        if rank == ranks.rank:
+            assert own is not None
+            local = own.own()
+        else:
+            local = torch.empty(part.local_shape, dtype=one.dtype)
+            ranks.receive(local, rank)
+        part.put(local, whole)
+    return whole
 
 
 def write_text(path: Path, text: str) -> str:
     """Write a small file, whole or not at all; return its sha256."""
-    return _write_whole(path, [text.encode()])
+    writing = _Writing(path, text.encode())
+    return writing.finish()
 
 
 def sha256_of(path: Path) -> str:
@@ -344,12 +454,10 @@ def _cut(tensors: dict[str, Outgoing], max_size: float) -> list[dict[str, Outgoi
     return shards
 
 
-def _write_file(path: Path, tensors: dict[str, Outgoing]) -> str:
-    # The format allows no gaps. With wide types first, every tensor starts at a multiple of its own type's size.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+def _header(tensors: dict[str, Outgoing]) -> bytes:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name, tensor in ordered:
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         table[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -358,30 +466,39 @@ def _write_file(path: Path, tensors: dict[str, Outgoing]) -> str:
         position += tensor.size
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-(8 + len(header)) % _ALIGNMENT)
-    pieces = (_bytes_of(tensor) for _, tensor in ordered)
-    return _write_whole(path, [len(header).to_bytes(8, "little"), header], pieces)
+    return len(header).to_bytes(8, "little") + header
 
 
-def _bytes_of(tensor: Outgoing) -> memoryview:
-    values = tensor.make().detach()
-    assert values.shape == tensor.shape
-    return _view_bytes(values.to("cpu", tensor.dtype).contiguous())
+class _Writing:
+    """A file in the making: under a temporary name, until it is whole and forced to the disk."""
 
+    def __init__(self, path: Path, head: bytes):
+        self.path, self.temporary = path, path.with_name(f".{path.name}.partial")
+        self._digest = hashlib.sha256()
+        self._file = open(self.temporary, "wb")
+        self.add(head)
 
-def _write_whole(path: Path, head: Iterable[bytes], pieces: Iterable[memoryview] = ()) -> str:
-    """Write under a temporary name, force it to the disk, then give it its name; return the sha256 of what was written."""
-    temporary = path.with_name(f".{path.name}.partial")
-    digest = hashlib.sha256()
-    try:
-        with open(temporary, "wb") as file:
-            for group in (head, pieces):
-                for piece in group:
-                    digest.update(piece)
-                    file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return digest.hexdigest()
+    def add(self, piece: bytes | memoryview) -> None:
+        try:
+            self._digest.update(piece)
+            self._file.write(piece)
+        except BaseException:
+            self.abort()
+            raise
+
+    def finish(self) -> str:
+        """Give the file its name; return its sha256."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self.temporary, self.path)
+        except BaseException:
+            self.abort()
+            raise
+        return self._digest.hexdigest()
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses again
+            self._file.close()
+        self.temporary.unlink(missing_ok=True)

@@ -68,7 +68,16 @@ class Decoder(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Number type of hidden states: the weights' own, unless `computes_in` was set because they are cast on use."""
-        return self.computes_in or next(m.weight.dtype for m in self.modules() if isinstance(m, RMSNorm))
+        return self.computes_in or self.weight_dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Number type in which weights are kept, but for quantized ones."""
+        return next(module.weight.dtype for module in self.modules() if isinstance(module, RMSNorm))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def forward(self, inputs: Tensor, sight: Sight) -> Tensor:
         x = self.embed(inputs) if self.is_first else inputs

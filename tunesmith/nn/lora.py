@@ -138,14 +138,6 @@ class LoRALayer(nn.Module):
         local_tensor(self.lora_A).copy_(part.take(drawn))
         local_tensor(self.lora_B).zero_()
 
-    def changes_nothing(self) -> bool:
-        """Whether the adapter leaves the layer's weight exactly as it is."""
-        if self.lora_B.any():
-            return False
-        return self.lora_magnitude is None or torch.equal(
-            self.lora_magnitude, self.row_norms().to(self.lora_magnitude.dtype)
-        )
-
 
 class LoRALinear(LoRALayer, nn.Linear):
     """A frozen dense linear layer with an adapter."""
@@ -373,9 +365,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """{parameter's name: tensor} of all adapters, detached, not copied."""
+    """{parameter's name: tensor} of all adapters, or what of them is here, detached, not copied."""
     return {
-        name: parameter.detach()
+        name: local_tensor(parameter.detach())
         for name, parameter in model.named_parameters()
         if name.rpartition(".")[2] in ADAPTER_PARAMETERS
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -100,6 +100,11 @@ def parameter_parts(model: nn.Module) -> dict[str, Part]:
         part = cut.get(name) or Part.whole(parameter.shape)
         parts[name] = part.local_rows(*shard_rows(parameter)) if part.shape else part
     return parts
+
+
+def speaks_for(model: nn.Module) -> Callable[[str], bool]:
+    """Whether this rank, of several that hold the same of a parameter, is the one that saves it."""
+    return getattr(model, "speaks_for", lambda name: True)
 
 
 def by_shard(model: nn.Module, kind: type[M]) -> list[tuple[nn.Module, dict[str, M]]]:

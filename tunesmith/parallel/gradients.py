@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tunesmith.configs.layout import AXES
+from tunesmith.nn.part import speaks_for
 from tunesmith.parallel.mesh import Mesh
 
 
@@ -43,12 +45,7 @@ def norm_over(model: nn.Module, lengths: Mapping[str, Tensor], mesh: Mesh) -> fl
 
     What several ranks hold the same of counts once.
     """
-    parts = getattr(model, "tensor_parts", {})
-    counted_elsewhere = getattr(model, "counted_elsewhere", ())
-    own = [
-        length
-        for name, length in lengths.items()
-        if (name in parts or mesh.index("tp") == 0) and name not in counted_elsewhere
-    ]
+    speaks = speaks_for(model)
+    own = [length for name, length in lengths.items() if speaks(name)]
     length = float(torch.linalg.vector_norm(torch.stack(own))) if own else 0.0
-    return math.sqrt(mesh.sum([length**2], ("pp", "dp_shard", "cp", "tp"))[0])
+    return math.sqrt(mesh.sum([length**2], AXES)[0])

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -33,8 +34,16 @@ class Mesh:
 
     devices: DeviceMesh
     device: torch.device
-    rank: int
-    world_size: int
+    ranks: Ranks
+    """All of them, to tell each other small things."""
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
 
     def size(self, *axes: str) -> int:
         """Number of ranks along one axis, or several together."""
@@ -89,44 +98,63 @@ class Mesh:
                 dist.all_reduce(totals, operator, group=self.group(axis))
         return totals.tolist()
 
+
+class Ranks:
+    """All ranks of a run as they tell each other small things, and tensors on the host, through a channel of their own.
+
+    Threads that talk at the same time need a channel each.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1):
+        self.rank, self.world_size = rank, world_size
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
     def gather(self, value: T) -> list[T]:
-        """`value` of every rank, in the order of ranks; on every rank. For small things."""
+        """`value` of every rank, in the order of ranks; on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._group)
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the main rank, on every rank. A UserError there is raised on every rank, the same sentence."""
-        if self.world_size == 1:
-            return make()
-        message: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                message[0] = make()
-            except UserError as error:
-                message[1] = error
-        dist.broadcast_object_list(message, src=0)
-        if message[1] is not None:
-            raise message[1]
-        return message[0]
+        """What `make` returns on the main rank, on every rank. An error there is raised on every rank, the same sentence."""
+        return self.on_all(lambda: make() if self.is_main else None)[0]  # type: ignore[return-value]
 
-    def on_all(self, make: Callable[[], T]) -> T:
-        """`make()` on every rank; where it raises a UserError on any, the first of them is raised on all."""
+    def on_all(self, make: Callable[[], T]) -> list[T]:
+        """What `make` returns on each rank. Where it raises a UserError or OSError on any, the first of them is raised on all."""
         result, error = None, None
         try:
             result = make()
-        except UserError as raised:
+        except (UserError, OSError) as raised:
             error = raised
-        if first := next((one for one in self.gather(error) if one is not None), None):
-            raise first
-        return result  # type: ignore[return-value]
+        outcomes = self.gather((result, error))
+        for _, raised in outcomes:
+            if raised is not None:
+                raise raised
+        return [one for one, _ in outcomes]  # type: ignore[misc]
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
-        if self.world_size > 1:
-            self.max([0.0])
+        self.gather(None)
+
+    def send(self, tensor: Tensor, to: int) -> Callable[[], Any]:
+        """Begin to send a tensor on the host; the result waits until it has gone."""
+        work = dist.isend(_bytes(tensor), to, group=self._group)
+        assert work is not None
+        return work.wait
+
+    def receive(self, tensor: Tensor, sender: int) -> None:
+        """Fill a contiguous tensor on the host with what `sender` sends."""
+        dist.recv(_bytes(tensor), sender, group=self._group)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def start_mesh(device: torch.device, layout: Layout | None = None, timeout_seconds: float = 600.0) -> Mesh:
@@ -149,7 +177,7 @@ def start_mesh(device: torch.device, layout: Layout | None = None, timeout_secon
             timeout=timedelta(seconds=timeout_seconds),
         )
     devices = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    return Mesh(devices, device, rank, world_size)
+    return Mesh(devices, device, Ranks(rank, world_size))
 
 
 def _store(world_size: int) -> Store:

@@ -35,6 +35,13 @@ def parallelize(
     if mesh.size("dp_replicate", "dp_shard", "cp") > 1 or compute_dtype is not None or config.fsdp_cpu_offload:
         decoder.computes_in = compute_dtype
         _shard(model, mesh, config, compute_dtype)
+    model.speaks_for = lambda name: _speaks_for(model, mesh, name)  # type: ignore[assignment]
+
+
+def _speaks_for(model: nn.Module, mesh: Mesh, name: str) -> bool:
+    """Of what several ranks hold the same: of copies the first, of what tensor parallelism left whole the first rank's."""
+    is_cut = name in getattr(model, "tensor_parts", {})
+    return mesh.index("dp_replicate") == 0 and (is_cut or mesh.index("tp") == 0)
 
 
 def _shard(model: Any, mesh: Mesh, config: TrainSettings, compute_dtype: torch.dtype | None) -> None:
