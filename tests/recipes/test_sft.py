@@ -458,3 +458,40 @@ def test_added_tokens_grow_the_model_that_is_saved(tmp_path, tiny_model, chat_fi
 def test_the_report_counts_what_a_stream_gave(tmp_path, tiny_model, chat_file):
     folder = train(tmp_path / "run", tiny_model, chat_file, "dataset.streaming=true", "max_steps=3")
     assert '"rows_used": 0' not in (folder / "data_report.json").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["sft", "pretrain"])
+@pytest.mark.parametrize("mistake", ["targets", "tokenizer", "grown", "adapter", "adapter's shape"])
+def test_what_does_not_fit_the_model_is_told_before_the_data_are_read(
+    tmp_path, tiny_model, chat_file, monkeypatch, recipe, mistake
+):
+    """Also where the check before the run can't see it, as for models that come from the Hub."""
+    from tunesmith.recipes import pretrain, sft
+    from tunesmith.training import run as running
+
+    model, lora = shutil.copytree(tiny_model, tmp_path / "model"), ["+lora"]
+    if mistake == "tokenizer":
+        change_numbers(model, vocab_size=300)
+    if mistake.startswith("adapter"):
+        first = train(tmp_path / "first", model, chat_file, "+lora", "max_steps=1")
+        lora.append(f"weights.adapter={latest(first)}")
+        change_numbers(model, **({"num_hidden_layers": 1} if mistake == "adapter" else {"intermediate_size": 96}))
+    more, said = {
+        "targets": ([*lora, "weights.target_modules=[q_prj]"], "target_modules names 'q_prj'"),
+        "tokenizer": ([], "they don't belong together"),
+        "grown": ([*lora, f"tokenizer.add_tokens={NEW_TOKENS}"], "an adapter doesn't hold"),
+        "adapter": (lora, "doesn't fit this model: it has weights for model.layers.1"),
+        "adapter's shape": (lora, "doesn't fit this model: its .* has the shape"),
+    }[mistake]
+    monkeypatch.setattr(running, "check", lambda config: [])
+    for module, reads in ((sft, "chat_batches"), (pretrain, "text_batches")):
+        monkeypatch.setattr(module, reads, lambda *args, **kwargs: pytest.fail("the data were read"))
+    if recipe == "pretrain":
+        more = ["from_scratch=false", *more]
+    with pytest.raises(UserError, match=said):
+        train(tmp_path / "run", model, chat_file, *more, recipe=recipe)
+
+
+def change_numbers(model, **numbers):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | numbers))

@@ -102,6 +102,8 @@ def apply_adapter(
     config = read_adapter_config(folder)
     stored = _read_tensors(Path(folder))
     names = list(dict.fromkeys(_module_of(name) for name in stored if _leaf_of(name)))
+    if not names:
+        raise UserError(f"{folder} holds no LoRA weights: save or download the adapter again")
     layers = adaptable_layers(model)
     for name in names:
         if name not in layers:
@@ -111,6 +113,7 @@ def apply_adapter(
     options: dict[str, Any] = lora_options(config)
     options["target_modules"] = names
     apply_lora(model, dropout=dropout, quantize_base=quantize_base, dtype=dtype, **options)
+    _check_names_and_shapes(model, folder, config, stored)
 
 
 @torch.no_grad()
@@ -121,21 +124,29 @@ def load_adapter(model: CausalLM, folder: str | Path) -> None:
     another shape: the adapter of another model, or of another shape than the layers on this one.
     """
     config, stored = read_adapter_config(folder), _read_tensors(Path(folder))
+    wanted = _check_names_and_shapes(model, folder, config, stored)
+    for name in stored.keys() - wanted.keys():
+        _check_embedding(model, name, stored[name])
+    for name, parameter in wanted.items():
+        stored[name].read_into(parameter)
+
+
+def _check_names_and_shapes(
+    model: CausalLM, folder: str | Path, config: dict[str, Any], stored: dict[str, StoredTensor]
+) -> dict[str, Tensor]:
+    """{name in the file: parameter of `model`} of all adapters. Raises UserError where `stored` are not theirs; needs no values."""
     wanted = {peft_name(name): parameter for name, parameter in adapter_state(model).items()}
     for name, tensor in stored.items():
         if name in wanted:
             if tensor.shape != wanted[name].shape:
                 shapes = f"its {name} has the shape {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}"
                 raise UserError(_another_base(folder, config, shapes))
-        elif name.endswith(_EMBEDDINGS):
-            _check_embedding(model, name, tensor)
-        else:
+        elif not name.endswith(_EMBEDDINGS):
             raise UserError(_another_base(folder, config, f"it has {name}, and the model no adapter there"))
     lacking = [name for name in wanted if name not in stored]
     if lacking:
         raise UserError(_another_base(folder, config, f"the model has an adapter at {lacking[0]}, and it none"))
-    for name, parameter in wanted.items():
-        stored[name].read_into(parameter)
+    return wanted
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -30,6 +30,7 @@ def main(config: Pretrain) -> None:
     with start_run(config, "pretrain") as run:
         source = find_model(config.model, config.model_args, need_weights=not config.from_scratch)
         tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, source.family.chat_templates)
+        run.check_fit(source, tokenizer)
         length = max_sequence_length(config, source)
         data = text_batches(config, tokenizer, run.mesh, max_seq_len=length)
         held_out = validation_batches(config, tokenizer, run.mesh, max_seq_len=length)

@@ -29,6 +29,7 @@ def main(config: SFT) -> None:
     with start_run(config, "sft") as run:
         source = find_model(config.model)
         tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, source.family.chat_templates)
+        run.check_fit(source, tokenizer)
         length = max_sequence_length(config, source)
         data = chat_batches(config, tokenizer, run.mesh, max_seq_len=length)
         held_out = validation_batches(config, tokenizer, run.mesh, max_seq_len=length)

@@ -40,7 +40,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import peak_memory_gib, pick_device, reset_peak_memory
 from tunesmith.parallel.mesh import Mesh, start_mesh, stop_mesh
-from tunesmith.training.build import Source
+from tunesmith.training.build import Source, construct_model
 from tunesmith.training.folder import claim, environment, unclaim
 from tunesmith.training.metrics import Metrics
 from tunesmith.training.preflight import check, is_restart
@@ -70,6 +70,10 @@ class Run:
         self._checkpoints: Checkpoints | None = None
         self._data: Any = None
         self._check_saved: Callable[[Path], float | None] | None = None
+
+    def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
+        """Before data are read: raise UserError where model, tokenizer and adapter don't fit together."""
+        construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
 
     # --- the loop ------------------------------------------------------------------------------------
 
