@@ -495,3 +495,10 @@ def test_what_does_not_fit_the_model_is_told_before_the_data_are_read(
 def change_numbers(model, **numbers):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | numbers))
+
+
+@pytest.mark.parametrize("length", [512, 513])
+def test_rows_longer_than_the_model_is_made_for_are_noted_once(tmp_path, tiny_model, chat_file, capsys, length):
+    train(tmp_path / "run", tiny_model, chat_file, f"tokenizer.max_seq_len={length}", "max_steps=1")
+    shown = "".join(capsys.readouterr())
+    assert shown.count("is more than the 512 tokens that") == (length > 512)

@@ -254,6 +254,18 @@ def test_an_adapter_that_does_not_fit(model):
             assert said(layer, inputs, outputs, *words) == [f"{doesnt}{its}, and the model's {layer} (128, 64)"]
 
 
+def test_rows_longer_than_the_model_is_made_for(model):
+    def notes(length):
+        words = ("sft", "model=model", "dataset.source=chats.jsonl", f"tokenizer.max_seq_len={length}")
+        return preflight.check(load_config(*words))
+
+    assert notes(512) == []
+    (note,) = notes(513)
+    assert note.startswith("`tokenizer.max_seq_len` = 513 is more than the 512 tokens that model is made for")
+    change_config(model, rope_scaling={"type": "linear", "factor": 2.0})
+    assert notes(1024) == [] and "1024 tokens" in notes(1025)[0]
+
+
 def test_numbers_of_the_model_that_are_not_understood(model):
     assert "`fancy`" in findings("pretrain", "model_args.fancy=true")[0]
 

@@ -246,6 +246,9 @@ def _fit(config: Any, notes: list[str]) -> Iterator[str]:
         check_vocabulary(config, config.model, shape.vocab_size, _count_tokens(config, shape.vocab_size))
     except UserError as error:
         yield str(error)
+        return
+    if warning := warn_of_length(config, shape):
+        notes.append(warning)
 
 
 def _shape(config: Any) -> tuple[Family, DecoderConfig] | None:
@@ -296,6 +299,17 @@ def check_vocabulary(config: Any, model: str, rows: int, needed: int) -> None:
         raise UserError(
             "`tokenizer.add_tokens` grows the embedding, whose new rows an adapter doesn't hold: use `weights.type: full`"
         )
+
+
+def warn_of_length(config: Any, shape: DecoderConfig) -> str | None:
+    """A sentence where rows may be longer than the model is made for."""
+    wanted, limit = config.tokenizer.max_seq_len, shape.context_length
+    if wanted is None or wanted <= limit:
+        return None
+    return (
+        f"`tokenizer.max_seq_len` = {wanted} is more than the {limit} tokens that {config.model} is made for "
+        "(`max_position_embeddings`, stretched as its config.json says): it has never seen the positions behind them"
+    )
 
 
 def _tokenizer(config: Any, notes: list[str]) -> Iterator[str]:

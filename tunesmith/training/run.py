@@ -43,7 +43,7 @@ from tunesmith.parallel.mesh import Mesh, start_mesh, stop_mesh
 from tunesmith.training.build import Source, construct_model
 from tunesmith.training.folder import claim, environment, unclaim
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check, is_restart
+from tunesmith.training.preflight import check, is_restart, warn_of_length
 from tunesmith.training.profile import profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
@@ -72,8 +72,10 @@ class Run:
         self._check_saved: Callable[[Path], float | None] | None = None
 
     def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
-        """Before data are read: raise UserError where model, tokenizer and adapter don't fit together."""
+        """Before data are read: raise UserError where model, tokenizer and adapter don't fit together, warn of rows too long for the model."""
         construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
+        if warning := warn_of_length(self.config, source.family.read_config(source.hf_config)):
+            self.note(warning)
 
     # --- the loop ------------------------------------------------------------------------------------
 
