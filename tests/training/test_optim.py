@@ -23,6 +23,30 @@ class CountsInItsGroup(torch.optim.SGD):
         return super().step(closure)
 
 
+class Nests(torch.optim.Optimizer):
+    """Keeps dicts, lists and tuples of tensors and numbers in a parameter's state, as Shampoo and L-BFGS do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    moments = {"first": torch.zeros_like(parameter), 2: [torch.zeros_like(parameter), None]}
+                    state.update(moments=moments, history=[], seen=(0, {"step": torch.zeros(())}), empty={})
+                state["moments"]["first"].lerp_(parameter.grad, 0.1)
+                state["moments"][2][0].addcmul_(parameter.grad, parameter.grad)
+                state["history"] = [*state["history"], parameter.grad.clone()][-2:]
+                count, (counter,) = state["seen"][0] + 1, state["seen"][1].values()
+                counter.add_(1)
+                state["seen"] = (count, {"step": counter})
+                update = state["moments"]["first"] / (state["moments"][2][0].sqrt() + 1e-3) + sum(state["history"])
+                parameter.sub_(update, alpha=group["lr"] / (count + float(counter)))
+
+
 OPTIMIZERS = [
     shared.AdamW(lr=1e-2, weight_decay=0.1),
     shared.AdamW(lr=1e-2, fused=False),
@@ -35,6 +59,7 @@ OPTIMIZERS = [
         marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
     ),
     shared.ThirdPartyOptimizer(f"{__name__}.CountsInItsGroup", lr=1e-2),
+    shared.ThirdPartyOptimizer(f"{__name__}.Nests", lr=1e-2),
     shared.ThirdPartyOptimizer("torch.optim.RAdam", lr=1e-2, options={"betas": (0.8, 0.9)}),
 ]
 
@@ -77,6 +102,19 @@ def test_state_round_trip_continues_to_the_bit(config, in_backward):
     assert not torch.equal(through[0].weight, network()[0].weight)
     for (name, a), b in zip(through.named_parameters(), resumed.parameters()):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("value", [{1, 2}, {(1, 2): 3}, {1: 0, "1": 0}, torch.float32])
+def test_a_state_that_can_not_be_saved_is_named(value):
+    settings = TrainSettings(dtype="fp32", optimizer=shared.ThirdPartyOptimizer(f"{__name__}.Nests", lr=1e-2))
+    model = network()
+    optimizer = build_optimizer(model, settings, 1, torch.device("cpu"))
+    run(model, optimizer, [1])
+    optimizer._optimizers[0].state[model[0].bias]["moments"]["odd"] = value
+    with pytest.raises(
+        UserError, match=rf"0\.bias::moments::odd can't be saved: it is of the type {type(value).__name__}"
+    ):
+        optimizer.state()
 
 
 def test_vectors_are_not_decayed():
