@@ -107,6 +107,10 @@ def test_stop_and_resume_equals_never_stopped(tmp_path, tiny_model, chat_file, m
     part = _stopped_at(3, tmp_path / "part", tiny_model, chat_file, more)
     train(part, tiny_model, chat_file, *more, "resume_from_checkpoint=true")
     assert_same_run(whole, part)
+    reports = [json.loads((folder / "data_report.json").read_text()) for folder in (whole, part)]
+    for report in reports:
+        report["sources"][0].pop("from_cache")
+    assert reports[0] == reports[1]
 
 
 def _stopped_at(step, folder, tiny_model, chat_file, more):
