@@ -7,13 +7,18 @@ from pathlib import Path
 
 from measure import Options, Table, median, run_process
 
+import tunesmith
+
 BIN = Path(sys.executable).parent
+TINY = Path(tunesmith.__file__).parent / "assets" / "tiny"
 COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
     "tune --help": [str(BIN / "tune"), "--help"],
     "tune ls": [str(BIN / "tune"), "ls"],
     "tune cat sft": [str(BIN / "tune"), "cat", "sft"],
     "tune ls sft": [str(BIN / "tune"), "ls", "sft"],
+    "tune cp sft": [str(BIN / "tune"), "cp", "sft", "sft.yaml"],
+    "tune validate sft": [str(BIN / "tune"), "validate", "sft", f"model={TINY}", "dataset.source=alpaca", "output_dir=new"],
     "trl --help": [str(BIN / "trl"), "--help"],
 }  # fmt: skip
 

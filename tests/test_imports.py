@@ -1,9 +1,13 @@
 """The package is layered: a module imports its own package and the layers below it, never up, never sideways."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import yaml
 
 import tunesmith
 
@@ -79,3 +83,29 @@ def test_torch_free_modules_import_no_torch():
     modules = [module for module in modules if not module.endswith(("__main__", "cli.worker"))]
     code = f"import sys\nfor m in {modules!r}: __import__(m)\nassert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "unwanted"),
+    [
+        ("--help", "dataclasses pathlib yaml argparse"),
+        ("ls", "yaml argparse shutil difflib json"),
+        ("ls sft", "yaml argparse shutil difflib json"),
+        ("cat sft", "argparse shutil difflib json tunesmith.models tunesmith.data"),
+        ("cp sft x.yaml", "argparse shutil difflib json tunesmith.models tunesmith.data"),
+    ],
+)
+def test_quick_verbs_import_little(tmp_path, words, unwanted):
+    """What takes milliseconds to import and is not needed must not come back unnoticed."""
+    code = f"""
+import sys
+before = set(sys.modules)
+from tunesmith.cli.main import main
+assert main({words.split()!r}) == 0
+found = set({unwanted.split()!r}) & (set(sys.modules) - before)
+assert not found, found
+"""
+    path = os.pathsep.join([str(PACKAGE.parent), str(Path(yaml.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}  # and -S: an editable installation imports a good deal at start
+    command = [sys.executable, "-S", "-c", code]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)

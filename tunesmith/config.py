@@ -20,7 +20,7 @@ from tunesmith.configs._interpolate import Interpolation
 from tunesmith.configs._layers import NOWHERE, Node, Place, Problem
 from tunesmith.configs._suggest import did_you_mean, options
 from tunesmith.configs.own_recipe import own_config_class, own_module, own_module_name
-from tunesmith.configs.recipes import LATER_OVERLAYS, LATER_RECIPES, RECIPES, Recipe, overlay_path, overlays
+from tunesmith.configs.recipes import LATER_OVERLAYS, RECIPES, Recipe, find_recipe, overlay_path, overlays
 from tunesmith.errors import ConfigError, UserError
 
 YAML_ENDINGS = (".yaml", ".yml")
@@ -88,17 +88,6 @@ def recipe_name(config: Any) -> str:
         if type(config).__name__ == recipe.schema.partition(":")[2] or isinstance(config, recipe.config_class):
             return recipe.name
     raise TypeError(f"{type(config).__name__} is the config of no recipe")
-
-
-def find_recipe(name: str) -> Recipe:
-    """The recipe of this name; UserError with the nearest name where there is none."""
-    if name in RECIPES:
-        return RECIPES[name]
-    if name in LATER_RECIPES:
-        raise UserError(f"the recipe `{name}`, {LATER_RECIPES[name]}, is not there yet")
-    raise UserError(
-        f"no recipe `{name}`{did_you_mean(name, [*RECIPES, *LATER_RECIPES])}; there are {', '.join(RECIPES)}, or a file (.yaml, .py)"
-    )
 
 
 # --- from words to a config ----------------------------------------------------------------------

@@ -1,8 +1,14 @@
 """What the shell is offered behind the cursor."""
 
+import contextlib
+import os
+import pty
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -70,9 +76,74 @@ def test_bash_asks_and_cuts(tmp_path):
     )
 
 
-def test_zsh_script_parses():
+ZSHRC = """
+PS1='' ; setopt no_beep; unset zle_bracketed_paste
+autoload -Uz compinit && compinit -u -d {folder}/dump
+show() {{ print -r -- "$BUFFER" >> {folder}/lines; BUFFER= }}
+zle -N show; bindkey '^X' show
+"""
+
+
+@pytest.mark.parametrize("installed", ["sourced", "in fpath", "sourced without compinit"])
+def test_zsh_completes(tmp_path, installed):
+    """The script in a real zsh on a terminal: what is on the line after a press of Tab."""
     zsh = shutil.which("zsh")
     if zsh is None:
-        assert "compdef _tune tune" in ZSH
-        return
-    assert subprocess.run([zsh, "-n"], input=ZSH, text=True, capture_output=True).returncode == 0
+        pytest.skip("no zsh here")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "chats.jsonl").touch()
+    (tmp_path / "files" / "my.yaml").touch()
+    (tmp_path / "bin" / "tune").write_text(f'#!/bin/sh\nexec {sys.executable} -m tunesmith "$@"\n')
+    (tmp_path / "bin" / "tune").chmod(0o755)
+    setup = ZSHRC.format(folder=tmp_path)
+    if installed == "in fpath":
+        (tmp_path / "functions").mkdir()
+        (tmp_path / "functions" / "_tune").write_text(ZSH)
+        setup = f"fpath=({tmp_path}/functions $fpath)\n{setup}"
+    else:
+        setup = setup.replace("autoload -Uz compinit", ": ") if installed == "sourced without compinit" else setup
+        setup += "source <(tune completion zsh)\n"
+    (tmp_path / ".zshrc").write_text(f"{setup}cd {tmp_path}/files\n")
+    lines = {
+        "tune va": "tune validate ",
+        "tune run sft optimizer.ty": "tune run sft optimizer.type=",
+        "tune run sft opt": "tune run sft optimizer",  # optimizer. and optimizer_in_bwd=
+        "tune run sft dtype=b": "tune run sft dtype=bf16 ",
+        "tune run sft +low": "tune run sft +low_memory ",
+        "tune run my": "tune run my.yaml ",
+        "tune run sft dataset.source=ch": "tune run sft dataset.source=chats.jsonl ",
+        "cd . && tune cat sft --so": "cd . && tune cat sft --sort ",
+        "tune run x --config gemma2/9B_lora_": "tune run x --config gemma2/9B_lora_single_device ",
+    }
+    assert _after_tab(zsh, tmp_path, list(lines)) == list(lines.values())
+
+
+def _after_tab(zsh: str, folder: Path, lines: list[str]) -> list[str]:
+    """The command line after each of `lines` and a Tab."""
+    terminal, its_end = pty.openpty()
+    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "ZDOTDIR": str(folder), "TERM": "xterm"}
+    shell = subprocess.Popen(
+        [zsh, "-d", "-i"], stdin=its_end, stdout=its_end, stderr=its_end, env=environment, start_new_session=True
+    )
+    os.close(its_end)
+    threading.Thread(target=_drain, args=(terminal,), daemon=True).start()
+    shown = folder / "lines"
+    shown.touch()
+    try:
+        for number, line in enumerate(["", *lines]):
+            os.write(terminal, f"{line}{chr(9) if line else ''}\x18".encode())
+            until = time.monotonic() + 60
+            while shown.read_text().count("\n") <= number and time.monotonic() < until:
+                time.sleep(0.05)
+        return shown.read_text().split("\n")[1:-1]
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(terminal)
+
+
+def _drain(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass

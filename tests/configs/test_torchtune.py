@@ -267,13 +267,13 @@ def test_a_users_old_file(tmp_path):
 
 def test_mistakes_in_an_old_file_have_their_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("old.yaml").write_text(OLD.replace("batch_size: 4", "batchsize: 4\nfsdp_cpu_offload: True\nresume: x"))
+    Path("old.yaml").write_text(OLD.replace("batch_size: 4", "batchsize: 4\nfp8_recipe_name: rowwise\nresume: x"))
     with pytest.raises(UserError) as raised:
         load_config("old.yaml")
     line = OLD.splitlines().index("batch_size: 4") + 1
     assert str(raised.value).splitlines()[:2] == [
         f"old.yaml:{line}: no option `batchsize`; did you mean `batch_size`?",
-        f"old.yaml:{line + 1}: torchtune's `fsdp_cpu_offload` has no counterpart here; leave it out",
+        f"old.yaml:{line + 1}: torchtune's `fp8_recipe_name` has no counterpart here; leave it out",
     ]
 
 

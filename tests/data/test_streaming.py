@@ -150,9 +150,44 @@ def test_a_resumed_stream_reads_on_from_where_it_was(chats, monkeypatch):
     state = data.state()
     again = stream(chats)
     again.load_state(state)
+    read, found = parts.Part.read, []
+    monkeypatch.setattr(parts.Part, "read", lambda *args: found.append(read(*args)) or found[-1])
     again.step(21)
     again.close()
-    assert again.report.sources[0].rows_read <= 8 * 3 * 2, "a block or two of each part"
+    assert 0 < sum(len(rows) for rows, _ in found) <= 8 * 3 * 2, "a block or two of each part"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_report_after_a_resume_is_that_of_a_run_that_never_stopped(tmp_path, packed, number_of_parts):
+    rows = [
+        {"prompt": f"p{i}", "completion": f"c{i} " * (i % 9 if i % 13 else 90)} for i in range(150)
+    ]  # 0: empty; 90: cut
+    source = write_lines(
+        tmp_path / "a.jsonl",
+        [row if i % 7 else {"prompt": "word " * 80, "completion": "x"} for i, row in enumerate(rows)],
+    )
+    options = {"packed": packed, "max_steps": 24}
+    whole = stream(source, **options)
+    assert whole.report.to_dict()["rows_read"] == 0 and "streamed" in str(whole.report)
+    after = [whole.report.to_dict()]
+    for n in range(1, 25):
+        whole.step(n)
+        after.append(whole.report.to_dict())
+    assert after[24]["truncated"] and after[24]["skipped"] and after[24]["rows_read"] > after[12]["rows_read"] > 0
+    assert set(after[24]["sources"][0]["skipped"]) == {"empty answer", "no answer within max_seq_len"}
+    for stop in (1, 5, 11, 17, 24):
+        first, second = stream(source, **options), stream(source, **options)
+        for n in range(1, stop + 1):
+            first.step(n)
+        second.load_state(json.loads(json.dumps(first.state())))
+        assert as_json(second) == json.loads(json.dumps(after[stop])), "before anything was read"
+        for n in range(stop + 1, 25):
+            second.step(n)
+        assert as_json(second) == json.loads(json.dumps(after[24]))
+
+
+def as_json(data):
+    return json.loads(json.dumps(data.report.to_dict()))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -176,6 +211,8 @@ def test_ranks_read_parts_of_their_own(chats, monkeypatch):
     data.close()
     read = [stream._begun is not None for stream in data.order.sources[0].streams]
     assert read == [False, True] * 4
+    assert data.state()["parts"][0][0]["start"]["first"] == 0 < data.state()["parts"][0][1]["following"]["first"]
+    assert 0 < data.report.sources[0].rows_read <= 150
 
 
 def test_sources_are_mixed_by_weight(tmp_path):

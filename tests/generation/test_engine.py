@@ -8,7 +8,7 @@ from tests.models.conftest import CASES, build_empty, pair, take_weights, tokens
 from tunesmith.data.stream_decoder import StreamDecoder
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import UserError
-from tunesmith.generation.engine import Completion, context_length, generate, generate_completions
+from tunesmith.generation.engine import Completion, generate, generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.hub import read_json
 from tunesmith.models.decoder import CausalLM
@@ -209,7 +209,7 @@ def test_stop_tokens_end_a_sequence_and_others_go_on(model):
 
 
 def test_the_context_bounds_prompt_and_text(model):
-    context = context_length(model.config)
+    context = model.config.context_length
     (completion,) = generate_completions(
         model, Letters(), prompts_of(context - 3), Sampling(max_new_tokens=50, stop_ids=())
     )
@@ -232,9 +232,9 @@ def test_the_context_bounds_prompt_and_text(model):
 
 
 def test_stretched_positions_stretch_the_context():
-    assert context_length(pair("llama linear")[1].config) == 192
-    assert context_length(pair("llama yarn")[1].config) == 64
-    assert context_length(pair("llama dynamic beyond")[1].config) == 48
+    assert pair("llama linear")[1].config.context_length == 192
+    assert pair("llama yarn")[1].config.context_length == 64
+    assert pair("llama dynamic beyond")[1].config.context_length == 48
 
 
 def test_a_model_in_training_is_left_as_it_was_and_learns_on(llama):

@@ -11,6 +11,8 @@ from tests.models.conftest import TINY
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import build
 from tunesmith.models.families import FAMILIES, all_families, find_family, model_config, named_sizes
+from tunesmith.nn.head import Head
+from tunesmith.nn.lora import adaptable_layers
 
 KNOWN_SIZES = {
     "llama2/7B": 6_738_415_616,
@@ -166,3 +168,13 @@ def test_records_import_no_torch():
     code = "import sys, tunesmith.models.families as f; f.named_sizes(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [family.name for family in all_families()] == list(FAMILIES)
+
+
+@pytest.mark.parametrize("family", all_families(), ids=lambda family: family.name)
+def test_layers_are_known_by_name_without_the_model(family):
+    hf = next(iter(family.sizes.values()))
+    with torch.device("meta"):
+        found = adaptable_layers(build(hf, family, family.read_config(hf)))
+    names, heads = family.adaptable_layers(family.read_config(hf).num_hidden_layers)
+    assert sorted(names) == sorted(found)
+    assert heads == [name for name, module in found.items() if isinstance(module, Head)]

@@ -96,6 +96,7 @@ def test_same_losses_for_every_cut_of_the_batch(tmp_path, tiny_model, chat_file,
         ["dtype=bf16", "optimizer_in_bwd=true", "~clip_grad_norm"],
         ["enable_async_checkpointing=true", "keep_last_n_checkpoints=1"],
         ["dataset.streaming=true"],
+        ["optimizer.type=tests.training.test_optim.Nests"],
         [f"tokenizer.add_tokens={NEW_TOKENS}"],
     ],
     ids=lambda more: "-".join(more).replace("=", "_")[:50] or "plain",
@@ -106,6 +107,10 @@ def test_stop_and_resume_equals_never_stopped(tmp_path, tiny_model, chat_file, m
     part = _stopped_at(3, tmp_path / "part", tiny_model, chat_file, more)
     train(part, tiny_model, chat_file, *more, "resume_from_checkpoint=true")
     assert_same_run(whole, part)
+    reports = [json.loads((folder / "data_report.json").read_text()) for folder in (whole, part)]
+    for report in reports:
+        report["sources"][0].pop("from_cache")
+    assert reports[0] == reports[1]
 
 
 def _stopped_at(step, folder, tiny_model, chat_file, more):
@@ -322,10 +327,10 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_leaves_earlier_checkpoints
     whole = train(tmp_path / "whole", tiny_model, chat_file, *more)
     folder, write = tmp_path / "run", resume.write_tensors
 
-    def full(tensors, place, *args):
+    def full(tensors, place, *args, **kwargs):
         if "step-00000004" in str(place):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(tensors, place, *args)
+        return write(tensors, place, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(resume, "write_tensors", full)
@@ -416,13 +421,13 @@ def test_an_error_waits_for_the_save_in_the_background(tmp_path, tiny_model, cha
 def test_files_that_differ_from_memory_are_an_error(tmp_path, tiny_model, chat_file, monkeypatch):
     from tunesmith.checkpoint import tensor_files
 
-    make = tensor_files._bytes_of
+    make = tensor_files.Outgoing.own
 
-    def wrong(tensor):
-        bytes_ = make(tensor)
-        return bytes(reversed(bytes_)) if len(bytes_) == 64 * 128 * 4 else bytes_
+    def wrong(self):
+        values = make(self)
+        return values.flip(0) if values.shape == (64, 128) else values
 
-    monkeypatch.setattr(tensor_files, "_bytes_of", wrong)
+    monkeypatch.setattr(tensor_files.Outgoing, "own", wrong)
     with pytest.raises(UserError, match="other logits"):
         train(tmp_path / "run", tiny_model, chat_file, "max_steps=1")
 
@@ -458,3 +463,47 @@ def test_added_tokens_grow_the_model_that_is_saved(tmp_path, tiny_model, chat_fi
 def test_the_report_counts_what_a_stream_gave(tmp_path, tiny_model, chat_file):
     folder = train(tmp_path / "run", tiny_model, chat_file, "dataset.streaming=true", "max_steps=3")
     assert '"rows_used": 0' not in (folder / "data_report.json").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["sft", "pretrain"])
+@pytest.mark.parametrize("mistake", ["targets", "tokenizer", "grown", "adapter", "adapter's shape"])
+def test_what_does_not_fit_the_model_is_told_before_the_data_are_read(
+    tmp_path, tiny_model, chat_file, monkeypatch, recipe, mistake
+):
+    """Also where the check before the run can't see it, as for models that come from the Hub."""
+    from tunesmith.recipes import pretrain, sft
+    from tunesmith.training import run as running
+
+    model, lora = shutil.copytree(tiny_model, tmp_path / "model"), ["+lora"]
+    if mistake == "tokenizer":
+        change_numbers(model, vocab_size=300)
+    if mistake.startswith("adapter"):
+        first = train(tmp_path / "first", model, chat_file, "+lora", "max_steps=1")
+        lora.append(f"weights.adapter={latest(first)}")
+        change_numbers(model, **({"num_hidden_layers": 1} if mistake == "adapter" else {"intermediate_size": 96}))
+    more, said = {
+        "targets": ([*lora, "weights.target_modules=[q_prj]"], "target_modules names 'q_prj'"),
+        "tokenizer": ([], "they don't belong together"),
+        "grown": ([*lora, f"tokenizer.add_tokens={NEW_TOKENS}"], "an adapter doesn't hold"),
+        "adapter": (lora, "doesn't fit this model: it has weights for model.layers.1"),
+        "adapter's shape": (lora, "doesn't fit this model: its .* has the shape"),
+    }[mistake]
+    monkeypatch.setattr(running, "check", lambda config: [])
+    for module, reads in ((sft, "chat_batches"), (pretrain, "text_batches")):
+        monkeypatch.setattr(module, reads, lambda *args, **kwargs: pytest.fail("the data were read"))
+    if recipe == "pretrain":
+        more = ["from_scratch=false", *more]
+    with pytest.raises(UserError, match=said):
+        train(tmp_path / "run", model, chat_file, *more, recipe=recipe)
+
+
+def change_numbers(model, **numbers):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | numbers))
+
+
+@pytest.mark.parametrize("length", [512, 513])
+def test_rows_longer_than_the_model_is_made_for_are_noted_once(tmp_path, tiny_model, chat_file, capsys, length):
+    train(tmp_path / "run", tiny_model, chat_file, f"tokenizer.max_seq_len={length}", "max_steps=1")
+    shown = "".join(capsys.readouterr())
+    assert shown.count("is more than the 512 tokens that") == (length > 512)

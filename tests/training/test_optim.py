@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tunesmith.checkpoint.tensor_files import read_stem, write_tensors
 from tunesmith.configs import shared
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.errors import UserError
@@ -24,6 +25,30 @@ class CountsInItsGroup(torch.optim.SGD):
         return super().step(closure)
 
 
+class Nests(torch.optim.Optimizer):
+    """Keeps dicts, lists and tuples of tensors and numbers in a parameter's state, as Shampoo and L-BFGS do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    moments = {"first": torch.zeros_like(parameter), 2: [torch.zeros_like(parameter), None]}
+                    state.update(moments=moments, history=[], seen=(0, {"step": torch.zeros(())}), empty={})
+                state["moments"]["first"].lerp_(parameter.grad, 0.1)
+                state["moments"][2][0].addcmul_(parameter.grad, parameter.grad)
+                state["history"] = [*state["history"], parameter.grad.clone()][-2:]
+                count, (counter,) = state["seen"][0] + 1, state["seen"][1].values()
+                counter.add_(1)
+                state["seen"] = (count, {"step": counter})
+                update = state["moments"]["first"] / (state["moments"][2][0].sqrt() + 1e-3) + sum(state["history"])
+                parameter.sub_(update, alpha=group["lr"] / (count + float(counter)))
+
+
 OPTIMIZERS = [
     shared.AdamW(lr=1e-2, weight_decay=0.1),
     shared.AdamW(lr=1e-2, fused=False),
@@ -36,6 +61,7 @@ OPTIMIZERS = [
         marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
     ),
     shared.ThirdPartyOptimizer(f"{__name__}.CountsInItsGroup", lr=1e-2),
+    shared.ThirdPartyOptimizer(f"{__name__}.Nests", lr=1e-2),
     shared.ThirdPartyOptimizer("torch.optim.RAdam", lr=1e-2, options={"betas": (0.8, 0.9)}),
 ]
 
@@ -56,7 +82,7 @@ def run(model, optimizer, steps):
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: f"{config.type}-{getattr(config, 'fused', '')}")
 @torch.compiler.set_stance("force_eager")  # torchao would compile its step for half a minute
-def test_state_round_trip_continues_to_the_bit(config, in_backward):
+def test_state_round_trip_continues_to_the_bit(config, in_backward, tmp_path):
     settings = TrainSettings(dtype="fp32", optimizer=config, optimizer_in_bwd=in_backward, lr_scheduler=shared.Cosine())
 
     def build(model):
@@ -72,7 +98,8 @@ def test_state_round_trip_continues_to_the_bit(config, in_backward):
     resumed = network()
     resumed.load_state_dict(stopped.state_dict())
     second = build(resumed)
-    second.load_state({name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(values)))
+    write_tensors(tensors, tmp_path, "optimizer")
+    second.load_state(read_stem(tmp_path, "optimizer"), json.loads(json.dumps(values)))
     run(resumed, second, range(4, 7))
 
     assert not torch.equal(through[0].weight, network()[0].weight)
@@ -80,10 +107,23 @@ def test_state_round_trip_continues_to_the_bit(config, in_backward):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("value", [{1, 2}, {(1, 2): 3}, {1: 0, "1": 0}, torch.float32])
+def test_a_state_that_can_not_be_saved_is_named(value):
+    settings = TrainSettings(dtype="fp32", optimizer=shared.ThirdPartyOptimizer(f"{__name__}.Nests", lr=1e-2))
+    model = network()
+    optimizer = build_optimizer(model, settings, 1, start_mesh(torch.device("cpu")))
+    run(model, optimizer, [1])
+    optimizer._optimizers[0].state[model[0].bias]["moments"]["odd"] = value
+    with pytest.raises(
+        UserError, match=rf"0\.bias::moments::odd can't be saved: it is of the type {type(value).__name__}"
+    ):
+        optimizer.state()
+
+
 def test_vectors_are_not_decayed():
     model = network()
     optimizer = build_optimizer(
-        model, TrainSettings(dtype="fp32", optimizer=shared.AdamW(weight_decay=0.1)), 1, torch.device("cpu")
+        model, TrainSettings(dtype="fp32", optimizer=shared.AdamW(weight_decay=0.1)), 1, start_mesh(torch.device("cpu"))
     )
     decay = {
         id(p): group["weight_decay"] for o in optimizer._optimizers for group in o.param_groups for p in group["params"]

@@ -5,6 +5,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tunesmith.config import load_config
@@ -189,6 +190,84 @@ def test_adapters(model):
     assert findings("export", "model=adapter", "base=model", "output_dir=out") == []
     Path("adapter/adapter_config.json").write_text("{}")
     assert "names no base model" in findings("export", "model=adapter", "output_dir=out")[0]
+
+
+def change_config(model: Path, **numbers) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | numbers))
+
+
+@pytest.mark.parametrize("recipe", ["sft", "pretrain"])
+def test_targets_that_match_nothing(model, recipe):
+    lora = ["from_scratch=false"] * (recipe == "pretrain") + ["weights.type=lora"]
+    assert findings(recipe, *lora, "weights.target_modules=[q_prj]") == [
+        "target_modules names 'q_prj', but no linear layer of this model is called that (did you mean 'q_proj'?): there are "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head; or write all-linear"
+    ]
+    assert "no linear layer" in findings(recipe, *lora, r"weights.target_modules='.*layers\.2\..*'")[0]
+    for target in ("all-linear", "[q_proj, lm_head]", r"'.*layers\.1\..*'", "[layers.1.self_attn.q_proj]"):
+        assert findings(recipe, *lora, f"weights.target_modules={target}") == []
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(model):
+    content = json.loads((model / "tokenizer.json").read_text())
+    count = len(content["model"]["vocab"])  # special tokens included
+    change_config(model, vocab_size=count - 1)
+    said = f"the tokenizer has {count} tokens and model an embedding of {count - 1} rows: they don't belong together"
+    assert [line.startswith(said) for line in findings("sft")] == [True]
+    change_config(model, vocab_size=count)
+    assert findings("sft") == []
+    assert findings("sft", "tokenizer.add_tokens=[<new>]") == [], "all weights may grow"
+    grows = (
+        "`tokenizer.add_tokens` grows the embedding, whose new rows an adapter doesn't hold: use `weights.type: full`"
+    )
+    assert findings("sft", "weights.type=lora", "tokenizer.add_tokens=[<new>]") == [grows]
+    assert findings("sft", "weights.type=lora", "tokenizer.add_tokens=[<|im_end|>]") == [], "it has that one"
+    assert findings("pretrain", f"model_args.vocab_size={count - 2}")[0].startswith(f"the tokenizer has {count} tokens")
+    text = (model / "tokenizer.json").read_text()
+    assert '"the"' in text
+    (model / "tokenizer.json").write_text(text.replace('"the"', '": 999999,"'))  # it only looks like an id
+    assert findings("sft") == []
+
+
+def test_an_adapter_that_does_not_fit(model):
+    from safetensors.numpy import save_file
+
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "model"}')
+
+    def said(layer, inputs, outputs, *words):
+        name = f"base_model.model.{layer}.lora_"
+        tensors = {f"{name}A.weight": np.zeros((2, inputs)), f"{name}B.weight": np.zeros((outputs, 2))}
+        save_file(tensors, "adapter/adapter_model.safetensors")
+        return findings(*words)
+
+    for words in (["sft", "weights.type=lora", "weights.adapter=adapter"], ["generate", "model=adapter"]):
+        layer = "model.layers.1.mlp.up_proj"
+        assert said(layer, 64, 128, *words) == []
+        doesnt = "the adapter in adapter doesn't fit model: "
+        assert said("model.layers.2.mlp.up_proj", 64, 128, *words) == [
+            f"{doesnt}it has weights for model.layers.2.mlp.up_proj, and the model no such linear layer"
+        ]
+        for inputs, outputs, side, shape in ((96, 128, "A", (2, 96)), (64, 96, "B", (96, 2))):
+            its = f"its base_model.model.{layer}.lora_{side}.weight has the shape {shape}"
+            assert said(layer, inputs, outputs, *words) == [f"{doesnt}{its}, and the model's {layer} (128, 64)"]
+
+
+def test_rows_longer_than_the_model_is_made_for(model):
+    def notes(length):
+        words = ("sft", "model=model", "dataset.source=chats.jsonl", f"tokenizer.max_seq_len={length}")
+        return preflight.check(load_config(*words))
+
+    assert notes(512) == []
+    (note,) = notes(513)
+    assert note.startswith("`tokenizer.max_seq_len` = 513 is more than the 512 tokens that model is made for")
+    change_config(model, rope_scaling={"type": "linear", "factor": 2.0})
+    assert notes(1024) == [] and "1024 tokens" in notes(1025)[0]
+
+
+def test_numbers_of_the_model_that_are_not_understood(model):
+    assert "`fancy`" in findings("pretrain", "model_args.fancy=true")[0]
 
 
 def test_data(model):

@@ -25,7 +25,7 @@ from tunesmith.nn.lora import (
     adapters_off,
     apply_lora,
 )
-from tunesmith.nn.part import parameter_parts, speaks_for
+from tunesmith.nn.part import Part, parameter_parts, speaks_for
 from tunesmith.parallel.mesh import Ranks
 
 CONFIG = "adapter_config.json"
@@ -111,6 +111,8 @@ def apply_adapter(
     config = read_adapter_config(folder)
     stored = _read_tensors(Path(folder))
     names = list(dict.fromkeys(_module_of(name) for name in stored if _leaf_of(name)))
+    if not names:
+        raise UserError(f"{folder} holds no LoRA weights: save or download the adapter again")
     layers = adaptable_layers(model)
     for name in names:
         if name not in layers:
@@ -120,6 +122,7 @@ def apply_adapter(
     options: dict[str, Any] = lora_options(config)
     options["target_modules"] = names
     apply_lora(model, dropout=dropout, quantize_base=quantize_base, dtype=dtype, **options)
+    _check_names_and_shapes(model, folder, config, stored)
 
 
 @torch.no_grad()
@@ -130,25 +133,33 @@ def load_adapter(model: CausalLM, folder: str | Path) -> None:
     another shape: the adapter of another model, or of another shape than the layers on this one.
     """
     config, stored = read_adapter_config(folder), _read_tensors(Path(folder))
-    parts = {peft_name(name): part for name, part in parameter_parts(model).items() if _is_adapters(name)}
-    for name, tensor in stored.items():
-        if name in parts:
-            if tensor.shape != parts[name].shape:
-                shapes = f"its {name} has the shape {tuple(tensor.shape)}, the model needs {tuple(parts[name].shape)}"
-                raise UserError(_another_base(folder, config, shapes))
-        elif name.endswith(_EMBEDDINGS):
-            _check_embedding(model, name, tensor)
-        else:
-            raise UserError(_another_base(folder, config, f"it has {name}, and the model no adapter there"))
-    lacking = [name for name in parts if name not in stored]
-    if lacking:
-        raise UserError(_another_base(folder, config, f"the model has an adapter at {lacking[0]}, and it none"))
+    parts = _check_names_and_shapes(model, folder, config, stored)
+    for name in stored.keys() - parts.keys():
+        _check_embedding(model, name, stored[name])
     for name, parameter in adapter_state(model).items():
         stored[peft_name(name)].read_into(parameter, parts[peft_name(name)])
 
 
 def _is_adapters(name: str) -> bool:
     return name.rpartition(".")[2] in ADAPTER_PARAMETERS
+
+
+def _check_names_and_shapes(
+    model: CausalLM, folder: str | Path, config: dict[str, Any], stored: dict[str, StoredTensor]
+) -> dict[str, Part]:
+    """{name in the file: part that is here} of all adapters. Raises UserError where `stored` are not theirs; needs no values."""
+    parts = {peft_name(name): part for name, part in parameter_parts(model).items() if _is_adapters(name)}
+    for name, tensor in stored.items():
+        if name in parts:
+            if tensor.shape != parts[name].shape:
+                shapes = f"its {name} has the shape {tuple(tensor.shape)}, the model needs {tuple(parts[name].shape)}"
+                raise UserError(_another_base(folder, config, shapes))
+        elif not name.endswith(_EMBEDDINGS):
+            raise UserError(_another_base(folder, config, f"it has {name}, and the model no adapter there"))
+    lacking = [name for name in parts if name not in stored]
+    if lacking:
+        raise UserError(_another_base(folder, config, f"the model has an adapter at {lacking[0]}, and it none"))
+    return parts
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -87,7 +87,9 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
 
 def outgoing(tensor: Tensor, part: Part, speaks: bool, dtype: torch.dtype | None = None) -> Outgoing:
     """A parameter, or the part of it that this rank holds, to be written in `dtype` (default: its own)."""
-    return Outgoing(torch.Size(part.shape), _written(tensor, dtype), lambda: local_tensor(tensor.detach()), part, speaks)
+    return Outgoing(
+        torch.Size(part.shape), _written(tensor, dtype), lambda: local_tensor(tensor.detach()), part, speaks
+    )
 
 
 def _merged(layer: LoRALayer, weight: Tensor, dtype: torch.dtype | None) -> Outgoing:
@@ -110,7 +112,11 @@ def saved_config(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str,
         config["architectures"] = [model.family.architectures[0]]
     config.pop("quantization_config", None)
     head = model.lm_head
-    if not model.config.tie_word_embeddings or isinstance(head, LoRAHead) or (head is not None and head.tied_to is None):
+    if (
+        not model.config.tie_word_embeddings
+        or isinstance(head, LoRAHead)
+        or (head is not None and head.tied_to is None)
+    ):
         config["tie_word_embeddings"] = False
     return config
 
@@ -159,9 +165,7 @@ def stage_repository(
 
 def staged(tensors: Mapping[str, Outgoing]) -> dict[str, Outgoing]:
     """Copies on the host of what this rank will give, as it is now."""
-    copies = {
-        name: one.make().detach().to("cpu", one.dtype, copy=True) for name, one in tensors.items() if one.speaks
-    }
+    copies = {name: one.make().detach().to("cpu", one.dtype, copy=True) for name, one in tensors.items() if one.speaks}
     return {name: replace(tensors[name], make=lambda copied=copied: copied) for name, copied in copies.items()}
 
 

@@ -17,18 +17,19 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import safe_open
 from torch import Tensor
 
-from tunesmith.checkpoint.hf import verify, write_tensors
+from tunesmith.checkpoint.hf import outgoing, staged, verify
+from tunesmith.checkpoint.tensor_files import Outgoing, StoredTensor, read_stem, write_tensors
 from tunesmith.errors import UserError
+from tunesmith.nn.part import Part
 from tunesmith.parallel import device as accelerator
-from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.mesh import Mesh, Ranks
 
 _NAME = re.compile(r"step-(\d{8,})")
 RESUME = "resume"
@@ -41,14 +42,15 @@ class HasState(Protocol):
 class Checkpoints:
     """The checkpoints of one run folder.
 
-    `write_model(folder)` is given by the caller: it stages the weights at once and returns the function that writes
-    them, with digests, into a folder. So a checkpoint may be written in the background while training goes on.
+    `stage_model(ranks)` is given by the caller: it stages the weights at once and returns the function that writes
+    them, with digests, into a folder. So a checkpoint may be written in the background while training goes on. All ranks
+    save together; the main one gives the checkpoint its name when all have written their files.
     """
 
     def __init__(
         self,
         run_folder: Path,
-        stage_model: Callable[[], Callable[[Path], dict[str, str]]],
+        stage_model: Callable[[Ranks], Callable[[Path], dict[str, str]]],
         optimizer: Any,
         data: Any,
         fingerprint: dict[str, Any],
@@ -61,32 +63,37 @@ class Checkpoints:
         self.last_saved: int | None = None
         self._stage_model, self._optimizer, self._data, self._mesh = stage_model, optimizer, data, mesh
         self._fingerprint, self._keep_last = fingerprint, keep_last
+        # A thread that talks to other ranks beside the training needs a channel of its own.
+        self._ranks = Ranks(mesh.rank, mesh.world_size) if background else mesh.ranks
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._layout = list(mesh.devices.shape)
         self._pending: Future[None] | None = None
 
     # --- saving --------------------------------------------------------------------------------------
 
     def save(self, step: int) -> Path:
-        """Save a checkpoint after `step`; in the background if asked (the state of now is copied first)."""
+        """Save a checkpoint after `step`; in the background if asked (the state of now is copied first). To be called by all ranks."""
         target = self.folder / f"step-{step:08d}"
         self.wait()
-        write_model = self._stage_model()
-        tensors, values = self._optimizer.state()
+        write_model = self._stage_model(self._ranks)
+        own, values = self._optimizer.state()
+        tensors = {f"optimizer::{name}": one for name, one in own.items()}
+        for kind, generator in accelerator.rng_state(self._mesh.device).items():
+            name = f"rng::{kind}" if self._mesh.world_size == 1 else f"rng::{kind}@{self._mesh.rank}"
+            tensors[name] = outgoing(generator, Part.whole(generator.shape), True)
         state = {
             "step": step,
             "fingerprint": self._fingerprint,
+            "layout": self._layout,
             "counters": dict(self.counters),
             "data": self._data.state(),
-            "optimizer": values,
+            "optimizer": _merged(self._mesh.ranks.gather(values)),
             "python_random": random.getstate(),
         }
-        tensors = {f"optimizer::{name}": tensor for name, tensor in tensors.items()}
-        tensors |= {f"rng::{name}": tensor for name, tensor in accelerator.rng_state(self._mesh.device).items()}
         if self._pool is None:
             self._write(target, write_model, tensors, state)
         else:
-            staged = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            self._pending = self._pool.submit(self._write, target, write_model, staged, state)
+            self._pending = self._pool.submit(self._write, target, write_model, staged(tensors), state)
         self.last_saved = step
         return target
 
@@ -105,25 +112,22 @@ class Checkpoints:
         self,
         target: Path,
         write_model: Callable[[Path], dict[str, str]],
-        tensors: dict[str, Tensor],
+        tensors: dict[str, Outgoing],
         state: dict[str, Any],
     ) -> None:
-        partial = self.folder / f".{target.name}.partial"
+        partial, ranks = self.folder / f".{target.name}.partial", self._ranks
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / RESUME).mkdir(parents=True)
+            ranks.from_main(lambda: _make_empty(partial))
             digests = write_model(partial)
-            tensor_digests = write_tensors(tensors, partial / RESUME, "optimizer")
+            tensor_digests = write_tensors(tensors, partial / RESUME, "optimizer", ranks=ranks)
             digests |= {f"{RESUME}/{name}": digest for name, digest in tensor_digests.items()}
-            verify(partial, digests)
-            _write_synced(partial / RESUME / "state.json", json.dumps({**state, "digests": digests}))
-            if target.exists():  # the same step saved again, after a resume with less to do
-                _remove(target)
-            os.rename(partial, target)
-            _sync_folder(self.folder)
-            point_latest(self.folder, target.name)
+            own = dict(
+                sorted(digests.items())[ranks.rank :: ranks.world_size]
+            )  # each rank reads some of the files back
+            ranks.on_all(lambda: verify(partial, own))
+            ranks.from_main(lambda: self._publish(partial, target, {**state, "digests": digests}))
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            self._clean_up(partial)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise UserError(
                     f"no space left for the checkpoint {target}: free some or set `keep_last_n_checkpoints`, then go on "
@@ -131,11 +135,24 @@ class Checkpoints:
                 ) from error
             raise
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            self._clean_up(partial)
             raise
+
+    def _publish(self, partial: Path, target: Path, state: dict[str, Any]) -> None:
+        """Give a checkpoint whose files are all there its name, and let old ones go."""
+        _write_synced(partial / RESUME / "state.json", json.dumps(state))
+        if target.exists():  # the same step saved again, after a resume with less to do
+            _remove(target)
+        os.rename(partial, target)
+        _sync_folder(self.folder)
+        point_latest(self.folder, target.name)
         if self._keep_last is not None:
             for _, folder in complete_checkpoints(self.folder)[: -self._keep_last]:
                 _remove(folder)
+
+    def _clean_up(self, partial: Path) -> None:
+        if self._ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
 
     # --- resuming ------------------------------------------------------------------------------------
 
@@ -145,25 +162,43 @@ class Checkpoints:
         The weights are the caller's to load. Raises UserError where the run it was saved by differs in what decides the
         numbers: base model, trained weights, data, global batch.
         """
-        check_same_run(folder, self._fingerprint)
+        self._mesh.ranks.on_all(lambda: check_same_run(folder, self._fingerprint))
         state = read_state(folder)
-        tensors = {}
-        for file in sorted((folder / RESUME).glob("optimizer*.safetensors")):
-            with safe_open(file, "pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+        stored = read_stem(folder / RESUME, "optimizer")
         self._optimizer.load_state(
-            {n.removeprefix("optimizer::"): t for n, t in tensors.items() if n.startswith("optimizer::")},
+            {n.removeprefix("optimizer::"): t for n, t in stored.items() if n.startswith("optimizer::")},
             state["optimizer"],
+            same_layout=state.get("layout", self._layout) == self._layout,
         )
         self._data.load_state(state["data"])
         self.counters = dict(state["counters"])
-        accelerator.set_rng_state(
-            self._mesh.device, {n.removeprefix("rng::"): t for n, t in tensors.items() if n.startswith("rng::")}
-        )
+        accelerator.set_rng_state(self._mesh.device, self._own_generators(stored))
         version, internal, gauss = state["python_random"]
         random.setstate((version, tuple(internal), gauss))
         self.last_saved = state["step"]
         return state["step"]
+
+    def _own_generators(self, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+        """States of this rank's random generators; on another layout, where the rank had none, those of the first."""
+        found = {}
+        for ending in ("", "@0", f"@{self._mesh.rank}"):
+            for kind in ("cpu", self._mesh.device.type):
+                if (name := f"rng::{kind}{ending}") in stored:
+                    found[kind] = stored[name].tensor().clone()
+        return found
+
+
+def _merged(values: list[dict[str, Any]]) -> dict[str, Any]:
+    """Plain values of an optimizer, of which a rank may have some only."""
+    merged = dict(values[0])
+    for key in ("plain", "wrapped", "nested"):
+        merged[key] = {slot: value for own in values for slot, value in own[key].items()}
+    return merged
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / RESUME).mkdir(parents=True)
 
 
 # --- the folder --------------------------------------------------------------------------------------

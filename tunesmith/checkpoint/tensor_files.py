@@ -272,6 +272,12 @@ def read_index(path: Path) -> dict[str, StoredTensor]:
     return {name: shards[file][name] for name, file in weight_map.items()}
 
 
+def read_stem(folder: Path, stem: str) -> dict[str, StoredTensor]:
+    """{name: tensor} of what `write_tensors` wrote under `stem`, in one file or in shards."""
+    index = folder / f"{stem}.safetensors.index.json"
+    return read_index(index) if index.is_file() else read_tensor_file(folder / f"{stem}.safetensors")
+
+
 def _and_more(names: Iterable[str], shown: int = 3) -> str:
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -299,6 +305,11 @@ class Outgoing:
         """Of the whole, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def gives_something(self) -> bool:
+        """Whether this rank has numbers of it to give."""
+        return self.speaks and (self.part is None or self.part.is_whole or self.part.local_shape.numel() > 0)
+
     def own(self) -> Tensor:
         """What this rank holds, on the host."""
         values = self.make().detach().to("cpu", self.dtype).contiguous()
@@ -321,7 +332,7 @@ def write_tensors(
     """
     ranks = ranks or Ranks()
     outgoing = {name: _as_outgoing(tensor) for name, tensor in tensors.items()}
-    spoken = {name: (one.shape, one.dtype, one.part) for name, one in outgoing.items() if one.speaks}
+    spoken = {name: (one.shape, one.dtype, one.part) for name, one in outgoing.items() if one.gives_something}
     holders: dict[str, list[tuple[int, Part]]] = {}
     wholes: dict[str, Outgoing] = {}
     for rank, held in enumerate(ranks.gather(spoken)):

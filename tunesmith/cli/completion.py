@@ -34,7 +34,7 @@ complete -o nospace -F _tune tune
 ZSH = """\
 #compdef tune
 _tune() {
-    local line="${BUFFER[1,CURSOR]}"
+    local line="${(j: :)words[1,CURRENT-1]} $PREFIX"
     local -a found
     found=("${(@f)$(tune completion --candidates "$line" 2>/dev/null)}")
     found=(${found:#})
@@ -45,11 +45,16 @@ _tune() {
         (( ${#open} )) && compadd -Q -S '' -- $open
         (( ${#closed} )) && compadd -Q -- $closed
     else
+        compset -P '*='
         _files
     fi
 }
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
-compdef _tune tune
+if [[ "${funcstack[1]}" == _tune ]]; then  # loaded as a file _tune of $fpath
+    _tune "$@"
+else
+    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+    compdef _tune tune
+fi
 """
 
 OPTIONS = {

@@ -6,38 +6,40 @@ import contextlib
 import os
 from pathlib import Path
 
-from tunesmith.cli import parser
+from tunesmith.cli import take_flags
 from tunesmith.config import YAML_ENDINGS, dump, find_recipe, load
 from tunesmith.configs._check import unfilled
 from tunesmith.errors import UserError
 
-EXAMPLES = """\
+HELP = """\
+usage: tune cp [-n] [--make-parents] RECIPE|FILE [+overlay …] [key=value …] [~key …] TARGET
+
+Writes a complete config, or (TARGET ends in .py) a recipe's source, to a file of your own.
+
+  -n, --no-clobber   leave a file that exists alone
+  --make-parents     make the folders that the file is to stand in
+
+examples:
   tune cp sft +lora model=Qwen/Qwen3-0.6B my.yaml   a complete, commented config: change it, then tune run my.yaml
   tune cp sft my_recipe.py                          the source of the recipe: change it, then tune run ./my_recipe.py my.yaml
-  tune cp llama3_1/8B_full ./my_custom_config.yaml  what a config of torchtune stands for"""
+  tune cp llama3_1/8B_full ./my_custom_config.yaml  what a config of torchtune stands for
+"""
 
 
 def main(words: list[str]) -> int:
-    verb = parser("cp", "Write a complete config, or a recipe's source, to a file of your own.", EXAMPLES)
-    verb.add_argument("-n", "--no-clobber", action="store_true", help="leave a file that exists alone")
-    verb.add_argument("--make-parents", action="store_true", help="make the folders that the file is to stand in")
-    verb.add_argument(
-        "words", nargs="*", metavar="WORD", help="RECIPE [+overlay …] [key=value …] and the file to write"
-    )
-    options, config_option = verb.parse_known_args(words)
-    sources, target = _source_and_target(_in_order(words, options.words + config_option))
-    if target.is_file() and options.no_clobber:
+    flags, words = take_flags(words, "-n", "--no-clobber", "--make-parents", "-h", "--help")
+    if flags & {"-h", "--help"}:
+        print(HELP, end="")
+        return 0
+    sources, target = _source_and_target(words)
+    if target.is_file() and flags & {"-n", "--no-clobber"}:
         print(f"{target} exists and is left alone")
         return 0
-    if options.make_parents:
+    if "--make-parents" in flags:
         target.parent.mkdir(parents=True, exist_ok=True)
     remark = _copy_source(sources, target) if target.suffix == ".py" else _copy_config(sources, target)
     print(f"Copied to {_as_written(words, target)}{remark}")
     return 0
-
-
-def _in_order(words: list[str], kept: list[str]) -> list[str]:
-    return [word for word in words if word in kept]
 
 
 def _as_written(words: list[str], target: Path) -> str:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
+import os
+import sys
 from typing import Any
 
-from tunesmith.cli import parser
-from tunesmith.configs import _schema as schema
+from tunesmith.cli import take_flags
 from tunesmith.configs import torchtune_names as torchtune
-from tunesmith.configs.recipes import LATER_RECIPES, RECIPES, Recipe, overlays
+from tunesmith.configs.recipes import LATER_RECIPES, RECIPES, Recipe, find_recipe, overlays
+from tunesmith.errors import UserError
 
-EXAMPLES = """\
+HELP = """\
+usage: tune ls [RECIPE]
+
+Lists what there is; with a recipe's name, its options.
+
+examples:
   tune ls                                 recipes, overlays, models, data sets
   tune ls sft                             the options of sft, one sentence each
-  tune ls lora_finetune_single_device     torchtune's names answer too"""
+  tune ls lora_finetune_single_device     torchtune's names answer too
+"""
 
 
 _RECIPE_OF = {"chat": "sft", "text": "pretrain"}
 
 
 def main(words: list[str]) -> int:
-    verb = parser("ls", "List what there is; with a recipe's name, its options.", EXAMPLES)
-    verb.add_argument("recipe", nargs="?", help="list the options of this recipe")
-    options = verb.parse_args(words)
-    if options.recipe:
-        show_options(options.recipe)
+    helps, words = take_flags(words, "-h", "--help")
+    if helps:
+        print(HELP, end="")
+    elif len(words) > 1 or words and words[0].startswith("-"):
+        raise UserError(f"tune ls takes the name of one recipe, not `{' '.join(words)}`; see `tune ls --help`")
+    elif words:
+        show_options(words[0])
     else:
         _show_all()
     return 0
@@ -80,10 +88,10 @@ def _families(sizes: dict[str, Any]) -> None:
 
 def show_options(name: str) -> None:
     """Print the options of a recipe, one sentence each; a recipe of torchtune answers with what it is here."""
-    from tunesmith.config import find_recipe, load
-
     ours = torchtune.recipe_for(name)
     if ours is None and torchtune.is_recipe(name):
+        from tunesmith.config import load
+
         load([name])  # says which method is not there yet
     if ours and name not in RECIPES:
         print(f"torchtune's {name} is the recipe {ours} here{_how(name)}\n")
@@ -97,6 +105,8 @@ def _how(name: str) -> str:
 
 
 def _show_recipe(recipe: Recipe) -> None:
+    from tunesmith.configs import _schema as schema
+
     cls = recipe.config_class
     print(f"{recipe.name}: {schema.summary(cls)}")
     if recipe.name in LATER_RECIPES:
@@ -108,6 +118,8 @@ def _show_recipe(recipe: Recipe) -> None:
 
 
 def _lines(cls: type, prefix: str, skip: tuple[str, ...] = ()) -> None:
+    from tunesmith.configs import _schema as schema
+
     sentences, hints = schema.sentences(cls), schema.hints(cls)
     for field in schema.fields(cls):
         if field.name in skip:
@@ -125,6 +137,8 @@ def _lines(cls: type, prefix: str, skip: tuple[str, ...] = ()) -> None:
 
 def _choices(classes: dict[str, type], dotted: str) -> None:
     """Every `type` with its sentence, then every option that one of them has, once."""
+    from tunesmith.configs import _schema as schema
+
     for name, cls in classes.items():
         _line(f"{dotted}.type={name}", schema.summary(cls), "")
     seen: tuple[str, ...] = ()
@@ -134,13 +148,16 @@ def _choices(classes: dict[str, type], dotted: str) -> None:
 
 
 def _default(value: Any) -> str:
+    from tunesmith.configs import _schema as schema
     from tunesmith.configs._write import flow
 
     return "required" if value is schema.MISSING else flow(schema.plain(value))
 
 
 def _line(dotted: str, sentence: str, default: str) -> None:
-    width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 160))
+    import textwrap
+
+    width = max(60, min(_columns(), 160))
     text = sentence + (f" [{default}]" if default else "")
     left = 34
     first = f"  {dotted}" + " " * max(2, left - 2 - len(dotted))
@@ -148,3 +165,13 @@ def _line(dotted: str, sentence: str, default: str) -> None:
     print((first + wrapped[0].lstrip()).rstrip())
     for line in wrapped[1:]:
         print(line)
+
+
+def _columns() -> int:
+    """As shutil.get_terminal_size, which would import every compressor."""
+    if (given := os.environ.get("COLUMNS", "")).isdigit() and int(given):
+        return int(given)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 120  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):
+        return 120

@@ -22,7 +22,7 @@ Runs a recipe. Layers merge in the order written: the recipe's defaults, a file 
   FILE          a YAML file that says which `recipe` it is for, as `tune cp` writes it
   +overlay      several settings at once, such as +lora or +low_memory; also +my_overlay.yaml
   key=value     one setting, such as batch_size=4 or optimizer.lr=1e-4; lists and sections as in YAML: [a, b] {a: b}
-  ~key          back to the option's plain default
+  ~key          back to the option's plain default (in zsh write '~key', and quote [a, b])
   --preview [N] show N training rows as tokens, coloured by what is trained, and stop (default 3)
 
 torchrun's options (--nproc_per_node, --nnodes, …) come before the recipe; without them the recipe runs in this process.

@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.configs._layers import UNRESOLVED, Node, Problem, find, to_node
 
-_REFERENCE = re.compile(r"(?<!\$)\$\{\s*([^{}]*?)\s*\}")
+_REFERENCE = r"(?<!\$)\$\{\s*([^{}]*?)\s*\}"
 
 
 class Interpolation:
@@ -32,11 +32,11 @@ class Interpolation:
             return Node([self.node(child) for child in node.value], node.place, node.text)
         if not isinstance(node.value, str) or "${" not in node.value:
             return node
-        if whole := _REFERENCE.fullmatch(node.value):
+        if whole := re.fullmatch(_REFERENCE, node.value):
             found = self.reference(whole[1], node)
             return Node(found.value, node.place, found.text)
         missing = len(self.problems)
-        text = _REFERENCE.sub(lambda match: self.inside(match, node), node.value)
+        text = re.sub(_REFERENCE, lambda match: self.inside(match, node), node.value)
         if len(self.problems) > missing:
             return Node(UNRESOLVED, node.place)
         return Node(text.replace("$${", "${") if self.strict else text, node.place, None)

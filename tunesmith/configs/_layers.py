@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
+if TYPE_CHECKING:
+    import yaml  # imported where it is needed: it takes as long as all other modules together
 
 
 class Place(NamedTuple):
@@ -69,20 +70,25 @@ class Node:
 # --- reading YAML --------------------------------------------------------------------------------
 
 
-_FastLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where PyYAML was built with it
+@functools.cache
+def _loader() -> Any:
+    """YAML as people mean it: 3e-4 is a number, 2024-01-01 is text. Through libyaml, where PyYAML was built with it."""
+    import re
 
+    import yaml
 
-class _Loader(_FastLoader):
-    """YAML as people mean it: 3e-4 is a number, 2024-01-01 is text."""
+    fastest: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+    class Loader(fastest):
+        pass
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+\Z"), list("-+.0123456789")
-)
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    number = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+\Z")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
 
 
 def read_file(path: Path, order: int, problems: list[Problem], *, shipped: bool = False) -> Node | None:
@@ -108,8 +114,10 @@ def read_file(path: Path, order: int, problems: list[Problem], *, shipped: bool 
 
 def parse_text(text: str, name: str, order: int, problems: list[Problem], *, shipped: bool = False) -> Node | None:
     """The tree of YAML `text`; `name` stands for the file in messages."""
+    import yaml
+
     try:
-        loader = _Loader(text)
+        loader = _loader()(text)
         root = loader.get_single_node()
     except yaml.YAMLError as error:
         problems.append(_syntax_problem(error, text, name, order))
@@ -141,6 +149,8 @@ class _Reader:
         self.open: set[int] = set()
 
     def node(self, node: Any) -> Node:
+        import yaml
+
         place = Place(self.order, self.name, node.start_mark.line + 1, self.shipped)
         if id(node) in self.open:
             self.problems.append(Problem(place, "an alias that contains itself"))
@@ -162,6 +172,8 @@ class _Reader:
             self.open.discard(id(node))
 
     def mapping(self, node: Any) -> dict[str, Node]:
+        import yaml
+
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
@@ -188,12 +200,14 @@ class _Reader:
 
 def parse_value(text: str, place: Place) -> Node:
     """The node of the text behind `key=`: lists and dicts in YAML syntax, otherwise one scalar, whatever it contains."""
-    loader = _Loader("")
+    import yaml
+
+    loader = _loader()("")
     if text == "None":  # torchtune's and Python's word for null
         return Node(None, place, text)
     if text[:1] in tuple("[{\"'"):
         try:
-            loader = _Loader(text)
+            loader = _loader()(text)
             reader = _Reader(loader, "", place.order, False, [])
             node = reader.node(loader.get_single_node())
             if not reader.problems:

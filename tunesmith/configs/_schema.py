@@ -114,7 +114,7 @@ def _sentences(file: str) -> dict[str, dict[str, str]]:
                 yield field.target.id, " ".join(str(text.value.value).split())
 
     tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-    return {node.name: dict(under(node.body)) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    return {node.name: dict(under(node.body)) for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """Where rows come from and how they become training text."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
+from tunesmith.configs._section import section
 from tunesmith.configs.shared import Checked, below
 
 
-@dataclass
+@section
 class _Source(Checked):
     source: str
     """A file (json, jsonl, csv, parquet, txt), a folder or glob of them, a Hub id, or a built-in name (see `tune ls`)."""
@@ -37,7 +38,7 @@ class _Source(Checked):
             yield "`source` is empty; name a file, a folder, a Hub id, or a built-in name (see `tune ls`)"
 
 
-@dataclass
+@section
 class ChatData(_Source):
     """Conversations: the answers are trained."""
 
@@ -51,7 +52,7 @@ class ChatData(_Source):
     """skip counts and reports rows that can't be used; error ends the run at the first."""
 
 
-@dataclass
+@section
 class TextData(_Source):
     """Plain text: every token is trained."""
 

@@ -1,13 +1,13 @@
 """Options of `tune run export`."""
 
 import re
-from dataclasses import dataclass
 from typing import Literal
 
+from tunesmith.configs._section import section
 from tunesmith.configs.shared import RunSettings
 
 
-@dataclass(kw_only=True)
+@section(kw_only=True)
 class Export(RunSettings):
     """Export: merge an adapter into its base, or change dtype and shards."""
 

@@ -1,11 +1,12 @@
 """Options of `tune run generate`."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from tunesmith.configs._section import section
 from tunesmith.configs.shared import RunSettings, TokenizerConfig, below
 
 
-@dataclass
+@section
 class Prompt:
     """A chat prompt."""
 
@@ -15,7 +16,7 @@ class Prompt:
     """The system message."""
 
 
-@dataclass(kw_only=True)
+@section(kw_only=True)
 class Generate(RunSettings):
     """Generation: continue prompts or answer them."""
 

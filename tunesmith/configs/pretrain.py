@@ -1,13 +1,14 @@
 """Options of `tune run pretrain`."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from tunesmith.configs._section import section
 from tunesmith.configs.data import TextData
 from tunesmith.configs.shared import TrainSettings
 
 
-@dataclass(kw_only=True)
+@section(kw_only=True)
 class Pretrain(TrainSettings):
     """Pre-training: next-token loss on plain text, from scratch or from a checkpoint."""
 

@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from typing import NamedTuple
 
+from tunesmith.errors import UserError
+
 FOLDER = Path(__file__).parent
 
 
@@ -58,6 +60,19 @@ LATER_OVERLAYS = {
     "qat": "quantization-aware training (QAT)",
     "fp8": "fp8 training",
 }
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name; UserError with the nearest name where there is none."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name in LATER_RECIPES:
+        raise UserError(f"the recipe `{name}`, {LATER_RECIPES[name]}, is not there yet")
+    from tunesmith.configs._suggest import did_you_mean
+
+    raise UserError(
+        f"no recipe `{name}`{did_you_mean(name, [*RECIPES, *LATER_RECIPES])}; there are {', '.join(RECIPES)}, or a file (.yaml, .py)"
+    )
 
 
 def overlays() -> dict[str, str]:

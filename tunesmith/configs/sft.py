@@ -1,12 +1,13 @@
 """Options of `tune run sft`."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from tunesmith.configs._section import section
 from tunesmith.configs.data import ChatData
 from tunesmith.configs.shared import TrainSettings
 
 
-@dataclass(kw_only=True)
+@section(kw_only=True)
 class SFT(TrainSettings):
     """Supervised fine-tuning: raise the likelihood of the answers."""
 

@@ -1,8 +1,10 @@
 """Sections that every training method shares. The sentence under a field is its help text, its comment in a copied YAML, and its schema description."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar, Literal
+
+from tunesmith.configs._section import section
 
 
 class Checked:
@@ -35,14 +37,14 @@ def outside(least: float, most: float, section: Any, *names: str) -> Iterator[st
 # --- which weights are trained -------------------------------------------------------------------
 
 
-@dataclass
+@section
 class FullWeights:
     """Every parameter is trained."""
 
     type: ClassVar[str] = "full"
 
 
-@dataclass
+@section
 class LoRAWeights(Checked):
     """Small adapters are trained beside the frozen weights (LoRA, arXiv 2106.09685)."""
 
@@ -87,7 +89,7 @@ class _HasRate(Checked):
                     yield f"`{name}` must be at least 0 and below 1, got {value}"
 
 
-@dataclass
+@section
 class AdamW(_HasRate):
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
 
@@ -104,7 +106,7 @@ class AdamW(_HasRate):
     """One kernel for all parameters; the fastest choice on CPU and GPU."""
 
 
-@dataclass
+@section
 class AdamW8bit(_HasRate):
     """AdamW with its states in 8 bits (through torchao)."""
 
@@ -119,7 +121,7 @@ class AdamW8bit(_HasRate):
     """Added to the denominator for stability."""
 
 
-@dataclass
+@section
 class Muon(_HasRate):
     """Orthogonalised momentum for matrices; embeddings, head, norms and biases are trained by AdamW at the same rate."""
 
@@ -134,7 +136,7 @@ class Muon(_HasRate):
     """Look ahead along the momentum."""
 
 
-@dataclass
+@section
 class SGD(_HasRate):
     """Stochastic gradient descent."""
 
@@ -147,7 +149,7 @@ class SGD(_HasRate):
     """Decay rate of the momentum; 0 keeps no state at all."""
 
 
-@dataclass
+@section
 class Adafactor(_HasRate):
     """Adam with factored second moments: almost no state (arXiv 1804.04235)."""
 
@@ -158,7 +160,7 @@ class Adafactor(_HasRate):
     """Decoupled weight decay."""
 
 
-@dataclass
+@section
 class ThirdPartyOptimizer(_HasRate):
     """Any optimizer class by its dotted path; keys it alone knows are passed to it."""
 
@@ -173,7 +175,7 @@ class ThirdPartyOptimizer(_HasRate):
 Optimizer = AdamW | AdamW8bit | Muon | SGD | Adafactor | ThirdPartyOptimizer
 
 
-@dataclass
+@section
 class _Warmup(Checked):
     gives_way: ClassVar[dict[str, str]] = {"warmup_ratio": "num_warmup_steps"}
     """{option: the option it gives way to}: a recipe's own default steps back where the user writes the other."""
@@ -190,14 +192,14 @@ class _Warmup(Checked):
         yield from outside(0, 1, self, *(name for name in names if hasattr(self, name)))
 
 
-@dataclass
+@section
 class Constant(_Warmup):
     """The peak rate throughout, after the warm-up."""
 
     type: ClassVar[str] = "constant"
 
 
-@dataclass
+@section
 class Cosine(_Warmup):
     """Half a cosine wave from the peak down."""
 
@@ -206,7 +208,7 @@ class Cosine(_Warmup):
     """The rate at the end, as a share of the peak."""
 
 
-@dataclass
+@section
 class Linear(_Warmup):
     """A straight line from the peak down."""
 
@@ -215,7 +217,7 @@ class Linear(_Warmup):
     """The rate at the end, as a share of the peak."""
 
 
-@dataclass
+@section
 class WarmupStableDecay(_Warmup):
     """Warm-up, a long constant stretch, and a decay at the end (WSD, arXiv 2404.06395)."""
 
@@ -231,7 +233,7 @@ class WarmupStableDecay(_Warmup):
 LRScheduler = Constant | Cosine | Linear | WarmupStableDecay
 
 
-@dataclass
+@section
 class Loss(Checked):
     """The loss of a token and how it is computed."""
 
@@ -247,14 +249,14 @@ class Loss(Checked):
 # --- logging and profiling -----------------------------------------------------------------------
 
 
-@dataclass
+@section
 class Disk:
     """metrics.jsonl in the run folder, and nothing else."""
 
     type: ClassVar[str] = "disk"
 
 
-@dataclass
+@section
 class TensorBoard:
     """TensorBoard event files beside metrics.jsonl."""
 
@@ -263,7 +265,7 @@ class TensorBoard:
     """Where the event files go; default: tensorboard/ in the run folder."""
 
 
-@dataclass
+@section
 class WandB:
     """Weights & Biases beside metrics.jsonl."""
 
@@ -280,7 +282,7 @@ class WandB:
     """Default: what WANDB_MODE says, else online."""
 
 
-@dataclass
+@section
 class Comet:
     """Comet beside metrics.jsonl."""
 
@@ -295,7 +297,7 @@ class Comet:
     """Write an archive to upload later instead of sending."""
 
 
-@dataclass
+@section
 class MLflow:
     """MLflow beside metrics.jsonl."""
 
@@ -308,7 +310,7 @@ class MLflow:
     """Name of the run; default: the output folder's."""
 
 
-@dataclass
+@section
 class ThirdPartyLogger:
     """Any class by its dotted path, called with (run_folder, config, **options); needs log(step, metrics) and close()."""
 
@@ -321,7 +323,7 @@ class ThirdPartyLogger:
 MetricLogger = Disk | TensorBoard | WandB | Comet | MLflow | ThirdPartyLogger
 
 
-@dataclass
+@section
 class Profiler:
     """torch.profiler traces of a few steps, into profile/ in the run folder."""
 
@@ -346,7 +348,7 @@ class Profiler:
 # --- what every training method has --------------------------------------------------------------
 
 
-@dataclass
+@section
 class TokenizerConfig(Checked):
     """The tokenizer and how a conversation becomes text."""
 
@@ -368,7 +370,7 @@ class TokenizerConfig(Checked):
 DEVICES = ("auto", "cuda", "xpu", "mps", "npu", "cpu")
 
 
-@dataclass(kw_only=True)
+@section(kw_only=True)
 class RunSettings(Checked):
     """Where and how a recipe runs."""
 
@@ -387,7 +389,7 @@ class RunSettings(Checked):
             yield f"`device` can be {', '.join(DEVICES)}, or one of them with a number such as cuda:1, not {self.device}"
 
 
-@dataclass(kw_only=True)
+@section(kw_only=True)
 class TrainSettings(RunSettings):
     """What pretrain, sft and every later training method have in common."""
 

@@ -85,9 +85,7 @@ OTHER_RECIPES = (
     "grpo_full_finetune_distributed async_grpo_full_finetune_distributed eleuther_eval early_exit_finetune_distributed"
 ).split()
 
-_CONFIG = re.compile(
-    r"(?P<size>[^_].*?)_(?P<update>full_low_memory|full|lora|qlora|dora|qdora)(?P<scale>_single_device|_distributed|_multinode)?"
-)
+_CONFIG = r"(?P<size>[^_].*?)_(?P<update>full_low_memory|full|lora|qlora|dora|qdora)(?P<scale>_single_device|_distributed|_multinode)?"
 
 
 def recipe_names() -> list[str]:
@@ -146,7 +144,7 @@ def defaults_of(name: str, place: Place, problems: list[Problem]) -> Node | None
     if family in MODELS_NOT_THERE:
         problems.append(Problem(place, f"`{name}`: {MODELS_NOT_THERE[family]} is not there yet"))
         return None
-    parts = _CONFIG.fullmatch(rest)
+    parts = re.fullmatch(_CONFIG, rest)
     sizes = {model.partition("/")[2]: model for model in MODELS if model.startswith(f"{family}/")}
     if parts is None or parts["size"] not in sizes:
         from tunesmith.configs._suggest import did_you_mean

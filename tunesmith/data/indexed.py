@@ -218,8 +218,7 @@ class IndexedOrder:
             for source, data in zip(opened, sources)
         ]
 
-    @property
-    def report(self) -> DataReport:
+    def report(self, steps: int) -> DataReport:
         counts = self.mixture.counts
         return DataReport([source.report(count / sum(counts)) for source, count in zip(self.sources, counts)])
 

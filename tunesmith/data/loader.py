@@ -99,8 +99,9 @@ class Order(Protocol):
     packed: bool
     """Whether rows hold several documents that must not see each other."""
 
-    @property
-    def report(self) -> DataReport: ...
+    def report(self, steps: int) -> DataReport:
+        """What became of the rows: of a stream those that `steps` steps needed, else all."""
+        ...
 
     def rows(self, epoch: int, step: int, rank: int, ranks: int) -> list[TokenRow]: ...
 
@@ -140,7 +141,7 @@ class Batches:
 
     @property
     def report(self) -> DataReport:
-        return self.order.report
+        return self.order.report(self._done)
 
     def __len__(self) -> int:
         return self.total_steps

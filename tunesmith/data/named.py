@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.configs.data import ChatData, TextData
-from tunesmith.data import formats
 from tunesmith.errors import UserError
+
+if TYPE_CHECKING:
+    from tunesmith.data import formats
 
 _CONVERTED = "refs/convert/parquet"
 """Branch on which the Hub keeps a Parquet copy of data sets that are themselves a script, which `datasets` 4 no longer runs."""
@@ -97,6 +100,8 @@ NAMED: dict[str, NamedDataset] = {
 
 def resolve(data: ChatData | TextData) -> tuple[ChatData | TextData, formats.Reading]:
     """`data` with a built-in name replaced by what it stands for, and how to read its rows."""
+    from tunesmith.data import formats
+
     text = isinstance(data, TextData)
     record = None if data.reader or Path(data.source).expanduser().exists() else NAMED.get(data.source)
     column_map = {**(record.column_map if record else {}), **data.column_map}

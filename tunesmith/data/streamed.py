@@ -7,8 +7,8 @@ after a stop it is enough to know where the blocks in use begin.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,37 @@ _CYCLE = 1000
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What became of the rows before some place."""
+
+    reading: Reading = field(default_factory=Reading)
+    used: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    trained: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        reading = Reading(self.reading.rows + other.reading.rows, dict(self.reading.skipped))
+        for reason, (count, example) in other.reading.skipped.items():
+            reading.skip(reason, example, count)
+        numbers = ("used", "truncated", "tokens", "trained")
+        return Counts(reading, *(getattr(self, name) + getattr(other, name) for name in numbers))
+
+
+@dataclass(frozen=True)
 class BlockStart:
-    """Where a block begins: its number and pass, its place in the part, and the number of its first training row."""
+    """Where a block begins: its place in the part, its number and pass, the number of its first training row, and what was before it."""
 
     cursor: Cursor
     number: int = 0
     passed: int = 0
     first: int = 0
+    counts: Counts = Counts()
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> BlockStart:
+        counts = state["counts"]
+        return cls(**{**state, "counts": Counts(**{**counts, "reading": Reading(**counts["reading"])})})
 
 
 class PartStream:
@@ -65,23 +89,18 @@ class PartStream:
         source, passed = self.source, start.passed
         while True:
             rows, cursor = self.part.read(start.cursor, source.block_rows(start.number, self.number))
-            segments = source.segments(rows)
-            behind = (
-                BlockStart(cursor, start.number + 1, start.passed)
-                if cursor
-                else BlockStart(self.part.start, 0, start.passed + 1)
-            )
+            segments, counts = source.segments(rows)
+            place = (cursor, start.number + 1, start.passed) if cursor else (self.part.start, 0, start.passed + 1)
+            behind = BlockStart(*place, start.first, start.counts + counts)
             if len(segments.starts):
                 break
             if start.passed > passed + 1:
-                raise UserError(
-                    f"no row in a part of {source.name} can be used: {skipped_text(source.reading) or 'it holds none'}"
-                )
-            start = BlockStart(behind.cursor, behind.number, behind.passed, start.first)
+                skipped = skipped_text(behind.counts.reading)
+                raise UserError(f"no row in a part of {source.name} can be used: {skipped or 'it holds none'}")
+            start = behind
         seed = None if source.seed is None else (*source.seed, self.number, start.passed, start.number)
         self._segments, self._plan, self._begun = segments, segments.plan(seed), start
-        self._next = BlockStart(behind.cursor, behind.number, behind.passed, start.first + self._plan.num_rows)
-        source.training_rows += self._plan.num_rows
+        self._next = replace(behind, first=start.first + self._plan.num_rows)
         return start
 
     def start_of(self, number: int) -> BlockStart:
@@ -89,6 +108,15 @@ class PartStream:
         while len(self.history) > 1 and self.history[1].first <= number:  # the background thread only appends
             self.history.pop(0)
         return self.history[0]
+
+    def start_after(self, number: int) -> BlockStart:
+        """Where the first block begins that holds none of the training rows before `number`, as far as they were read (on this rank)."""
+        following = self._next  # taken first: the background thread may append it, and set the next
+        return next((start for start in (*self.history, following) if start.first >= number), following)
+
+    def resume(self, start: BlockStart, following: BlockStart) -> None:
+        """Go on in the block that begins at `start`; behind it, `following` begins."""
+        self.history, self._begun, self._next = [start], None, following
 
 
 class StreamedSource:
@@ -100,8 +128,6 @@ class StreamedSource:
         self.max_seq_len, self.seed = max_seq_len, seed
         parts, self.identity = open_parts(self.data)
         self.reader = RowReader(self.data, reading, tokenizer)
-        self.reading = Reading()
-        self.truncated = self.used = self.tokens = self.trained = self.training_rows = 0
         first, _ = parts[0].read(parts[0].start, 1)
         if not first:
             raise UserError(f"`{self.name}` holds no rows; check `source` and `split`")
@@ -113,48 +139,54 @@ class StreamedSource:
         rows = max(1, self.data.shuffle_buffer // len(self.streams))
         return rows if block else max(1, rows * (part + 1) // len(self.streams))
 
-    def segments(self, rows: list[tuple[str, Any]]) -> Segments:
-        documents = self.reader.collect(
-            [(number, place, row) for number, (place, row) in enumerate(rows)], self.reading
-        )
+    def segments(self, rows: list[tuple[str, Any]]) -> tuple[Segments, Counts]:
+        reading = Reading()
+        documents = self.reader.collect([(number, place, row) for number, (place, row) in enumerate(rows)], reading)
         segments = Segments(documents, self.data, self.max_seq_len)
         if len(segments.unusable):
             place = rows[int(documents.rows[segments.unusable[0]])][0]
-            self.reading.skip("no answer within max_seq_len", place, len(segments.unusable))
-        self.truncated += len(segments.truncated) - len(segments.unusable)
-        self.used += len(documents.ends) - len(segments.unusable)
-        self.tokens += int(segments.lengths.sum())
-        self.trained += segments.trained()
-        return segments
+            reading.skip("no answer within max_seq_len", place, len(segments.unusable))
+        return segments, Counts(
+            reading,
+            used=len(documents.ends) - len(segments.unusable),
+            truncated=len(segments.truncated) - len(segments.unusable),
+            tokens=int(segments.lengths.sum()),
+            trained=segments.trained(),
+        )
 
     def row(self, k: int) -> TokenRow:
         return self.streams[k % len(self.streams)].row(k // len(self.streams))
 
-    def state(self, k: int) -> dict[str, Any]:
-        """Where the parts stand once rows 0 to k - 1 were taken."""
+    def taken(self, k: int) -> Iterator[tuple[PartStream, int]]:
+        """Each part, and how many of rows 0 to k - 1 came from it."""
         count = len(self.streams)
-        starts = {
-            number: stream.start_of((k - number + count - 1) // count) for number, stream in enumerate(self.streams)
-        }
-        return {str(number): asdict(start) for number, start in starts.items()}
+        return ((stream, (k - number + count - 1) // count) for number, stream in enumerate(self.streams))
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        for number, start in state.items():
-            stream = PartStream(self, int(number), self.streams[int(number)].part)
-            stream.history = [BlockStart(**start)]
-            self.streams[int(number)] = stream
+    def state(self, k: int) -> list[dict[str, Any]]:
+        """Where the parts stand once rows 0 to k - 1 were taken: the beginnings of the block in use and of the one behind it."""
+        return [
+            {"following": asdict(stream.start_after(number)), "start": asdict(stream.start_of(number))}
+            for stream, number in self.taken(k)
+        ]
 
-    def report(self, share: float) -> SourceReport:
+    def load_state(self, state: list[dict[str, Any]]) -> None:
+        for stream, starts in zip(self.streams, state):
+            stream.resume(BlockStart.from_state(starts["start"]), BlockStart.from_state(starts["following"]))
+
+    def report(self, k: int, share: float) -> SourceReport:
+        """What became of the rows of all blocks that hold one of rows 0 to k - 1."""
+        read = [stream.start_after(number) for stream, number in self.taken(k)]
+        counts = sum((start.counts for start in read), Counts())
         return SourceReport(
             source=self.name,
-            rows_read=self.reading.rows,
-            rows_used=self.used,
-            skipped=dict(self.reading.skipped),
-            truncated=self.truncated,
+            rows_read=counts.reading.rows,
+            rows_used=counts.used,
+            skipped=counts.reading.skipped,
+            truncated=counts.truncated,
             max_seq_len=self.max_seq_len,
-            tokens=self.tokens,
-            trained_tokens=self.trained,
-            training_rows=self.training_rows,
+            tokens=counts.tokens,
+            trained_tokens=counts.trained,
+            training_rows=sum(start.first for start in read),
             packed=self.data.packed,
             streaming=True,
             share=share,
@@ -188,9 +220,9 @@ class StreamedOrder:
             for source, data in zip(self.sources, sources)
         ]
 
-    @property
-    def report(self) -> DataReport:
-        return DataReport([source.report(share) for source, share in zip(self.sources, self.shares)])
+    def report(self, steps: int) -> DataReport:
+        taken = self._taken(steps)
+        return DataReport([source.report(k, share) for source, k, share in zip(self.sources, taken, self.shares)])
 
     def rows(self, epoch: int, step: int, rank: int, ranks: int) -> list[TokenRow]:
         """This rank's rows of step `step`, counted from 0 over the whole run; the longest first.
@@ -217,16 +249,17 @@ class StreamedOrder:
         owners = np.repeat(np.arange(len(self.counts)), self.counts)
         return owners[shuffled(_CYCLE, *(self.seed or (0,)), 7, number)]
 
+    def _taken(self, steps: int) -> list[int]:
+        """Rows that `steps` steps took of each source."""
+        if len(self.sources) == 1:
+            return [steps * self.rows_per_step]
+        cycles, rest = divmod(steps * self.rows_per_step, _CYCLE)
+        order = self._cycle(cycles)[:rest]
+        return [cycles * count + int((order == number).sum()) for number, count in enumerate(self.counts)]
+
     def state(self, steps: int) -> dict[str, Any]:
         """Where every part stands after `steps` steps."""
-        taken = [0] * len(self.sources)
-        cycles, rest = divmod(steps * self.rows_per_step, _CYCLE)
-        if len(self.sources) == 1:
-            taken = [steps * self.rows_per_step]
-        else:
-            order = self._cycle(cycles)[:rest]
-            taken = [cycles * count + int((order == number).sum()) for number, count in enumerate(self.counts)]
-        return {"parts": [source.state(k) for source, k in zip(self.sources, taken)]}
+        return {"parts": [source.state(k) for source, k in zip(self.sources, self._taken(steps))]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for source, parts in zip(self.sources, state.get("parts", [])):

@@ -246,17 +246,6 @@ class _Engine:
             self.on_text(sequence.index, piece)
 
 
-def context_length(config: DecoderConfig) -> int:
-    """The longest sequence in tokens that the model is made for, stretched rotary positions included."""
-    rope = config.rope
-    stretched = {
-        "linear": config.max_position_embeddings,
-        "dynamic": config.max_position_embeddings,
-        "yarn": rope.original_max_position_embeddings,
-    }
-    return max(config.max_position_embeddings, int(stretched.get(rope.kind, 0) * rope.factor))
-
-
 def _encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None) -> list[int]:
     if isinstance(prompt, str):
         if chat or (chat is None and tokenizer.chat_template is not None):
@@ -273,7 +262,7 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None) -> list[int
 
 
 def _check_prompt(index: int, ids: list[int], config: DecoderConfig) -> None:
-    context = context_length(config)
+    context = config.context_length
     if not ids:
         raise UserError(
             f"prompt {index} has no tokens, and the tokenizer has no start token to begin with: write something"
@@ -289,7 +278,7 @@ def _check_prompt(index: int, ids: list[int], config: DecoderConfig) -> None:
 
 
 def _room(ids: list[int], sampling: Sampling, config: DecoderConfig) -> int:
-    return min(sampling.max_new_tokens, context_length(config) - len(ids))
+    return min(sampling.max_new_tokens, config.context_length - len(ids))
 
 
 def _groups(sequences: list[_Sequence], size: int) -> Iterator[list[_Sequence]]:

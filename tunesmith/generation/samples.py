@@ -19,8 +19,12 @@ def write_samples(
     prompts: list[str],
     chat: bool | None = False,
     max_new_tokens: int = 64,
+    writes: bool = True,
 ) -> None:
-    """Answer `prompts` greedily and add {step, prompt, text} rows to samples.jsonl; rows of the same step are replaced."""
+    """Answer `prompts` greedily and add {step, prompt, text} rows to samples.jsonl; rows of the same step are replaced.
+
+    Ranks that hold a model together all answer, and one `writes`.
+    """
     if not prompts:
         return
     was_training = model.training
@@ -28,6 +32,8 @@ def write_samples(
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
     completions = generate_completions(model, tokenizer, prompts, sampling, chat=chat)
     model.train(was_training)
+    if not writes:
+        return
     path = folder / "samples.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = [row for row in rows if row["step"] != step]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from functools import cache
 from pathlib import Path
@@ -74,6 +73,8 @@ def named_sizes() -> dict[str, tuple[Family, dict[str, Any], str]]:
 
 
 def _unknown(name: str, where: str, is_architecture: bool) -> str:
+    import difflib
+
     families = all_families()
     known = sorted({one for f in families for one in (f.architectures if is_architecture else f.model_types)})
     close = difflib.get_close_matches(name, known, n=1)

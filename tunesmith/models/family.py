@@ -34,6 +34,8 @@ fused_pair  colwise, with both halves each cut on their own
 head        rows of the output layer over the ranks
 """
 
+_NOT_LINEAR = ("embedding", "per_head", "all_heads")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -60,3 +62,10 @@ class Family:
     """Named sizes: "llama3_2/1B" -> the content of config.json."""
     repositories: dict[str, str] = field(default_factory=dict)
     """Named sizes: "llama3_2/1B" -> the Hub repository that the name stands for."""
+
+    def adaptable_layers(self, num_hidden_layers: int) -> tuple[list[str], list[str]]:
+        """Names of all layers that can carry an adapter, and of those the output layers: what `nn.lora` finds in the model."""
+        plan = {name: word for name, word in self.tp_plan.items() if word not in _NOT_LINEAR}
+        inner = [name for name in plan if "*" in name]
+        names = [name.replace("*", str(layer)) for layer in range(num_hidden_layers) for name in inner]
+        return names + [name for name in plan if "*" not in name], [name for name in plan if plan[name] == "head"]

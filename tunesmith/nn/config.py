@@ -87,6 +87,16 @@ class DecoderConfig:
             object.__setattr__(self, "layer_windows", (None,) * self.num_hidden_layers)
 
     @property
+    def context_length(self) -> int:
+        """The longest sequence in tokens that the model is made for, stretched rotary positions included."""
+        stretched = {
+            "linear": self.max_position_embeddings,
+            "dynamic": self.max_position_embeddings,
+            "yarn": self.rope.original_max_position_embeddings,
+        }
+        return max(self.max_position_embeddings, int(stretched.get(self.rope.kind, 0) * self.rope.factor))
+
+    @property
     def depends_on_length(self) -> bool:
         """Whether rotary frequencies change with the length of the sequence."""
         return any(rope is not None and rope.depends_on_length for rope in (self.rope, self.local_rope))

@@ -5,7 +5,6 @@ O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import re
@@ -22,6 +21,7 @@ from tunesmith.errors import UserError
 from tunesmith.nn.head import Head
 from tunesmith.nn.part import Part, by_shard, local_tensor, parameter_parts, shard_rows, unsharded
 from tunesmith.nn.quantize import NF4Linear, quantize_linear_layers
+from tunesmith.nn.targets import choose_layers
 
 M = TypeVar("M", bound=nn.Module)
 V = TypeVar("V")
@@ -215,46 +215,10 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
-    """Full names of the layers that `target_modules` means, in the model's order.
-
-    "all-linear": every linear layer but the output layer. A list: a layer whose full name, or the end of it after a dot, is in the list.
-    Another string: a layer whose full name it matches as a regular expression (as PEFT does), or a single name.
-    Raises UserError for a name that no layer has; it lists those there are.
-    """
+    """Full names of the layers that `target_modules` means, in the model's order: see `nn.targets.choose_layers`."""
     layers = adaptable_layers(model)
-    if target_modules == "all-linear":
-        return [name for name, module in layers.items() if not isinstance(module, Head)]
-    if isinstance(target_modules, str):
-        is_name = any(_ends_with(name, target_modules) for name in layers)
-        if not is_name:
-            return _match_pattern(layers, target_modules)
-        target_modules = [target_modules]
-    wanted = list(target_modules)
-    for target in wanted:
-        if not any(_ends_with(name, target) for name in layers):
-            raise UserError(_unknown_target(target, layers))
-    return [name for name in layers if any(_ends_with(name, target) for target in wanted)]
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def _match_pattern(layers: dict[str, nn.Module], pattern: str) -> list[str]:
-    try:
-        names = [name for name in layers if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise UserError(f"target_modules {pattern!r} is no regular expression: {error}") from None
-    if not names:
-        raise UserError(_unknown_target(pattern, layers))
-    return names
-
-
-def _unknown_target(target: str, layers: dict[str, nn.Module]) -> str:
-    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    close = difflib.get_close_matches(target.rpartition(".")[2], leaves, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"target_modules names {target!r}, but no linear layer of this model is called that{hint}: there are {', '.join(leaves)}; or write all-linear"
+    heads = [name for name, module in layers.items() if isinstance(module, Head)]
+    return choose_layers(list(layers), heads, target_modules)
 
 
 def apply_lora(

@@ -107,7 +107,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, world_size: int = 1):
         self.rank, self.world_size = rank, world_size
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
 
     @property
     def is_main(self) -> bool:

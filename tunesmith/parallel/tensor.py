@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -56,9 +57,16 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: Mesh, se
     for name in {name.rpartition(".")[0] for name, word in words.items() if word in _OUTPUTS}:
         split.wrap_input(model.get_submodule(name))
     split.wrap_decoder(model.model)  # type: ignore[arg-type]
+    model.config = _local_config(model.config, group)  # type: ignore[arg-type, assignment]
     if sequence_parallel:  # what is whole sees a part of the tokens only
         partial |= {name for name, _ in model.named_parameters() if name not in parts}
     model.tensor_parts, model.summed_over_tp = parts, partial  # type: ignore[assignment]
+
+
+def _local_config(config: Any, group: Group) -> Any:
+    """The model's numbers as this rank computes with them: a cache holds its heads alone."""
+    heads, key_value_heads = config.num_attention_heads // group.size(), config.num_key_value_heads // group.size()
+    return replace(config, num_attention_heads=heads, num_key_value_heads=key_value_heads)
 
 
 def _word(plan: dict[str, str], name: str) -> str | None:

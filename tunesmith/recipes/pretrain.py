@@ -30,6 +30,7 @@ def main(config: Pretrain) -> None:
     with start_run(config, "pretrain") as run:
         source = find_model(config.model, config.model_args, need_weights=not config.from_scratch)
         tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, source.family.chat_templates)
+        run.check_fit(source, tokenizer)
         length = max_sequence_length(config, source)
         data = text_batches(config, tokenizer, run.mesh, max_seq_len=length)
         held_out = validation_batches(config, tokenizer, run.mesh, max_seq_len=length)
@@ -39,7 +40,7 @@ def main(config: Pretrain) -> None:
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
         run.keep(model, tokenizer, optimizer, data, source)
         if not run.resume_from:
-            write_samples(run.folder, 0, model, tokenizer, config.sample_prompts)
+            write_samples(run.folder, 0, model, tokenizer, config.sample_prompts, writes=run.mesh.is_main)
 
         for step in run.steps(data.total_steps):
             batches = run.next(data.step, step)
@@ -49,5 +50,7 @@ def main(config: Pretrain) -> None:
             run.save_if_due(step)
 
         if not run.stopped:
-            write_samples(run.folder, data.total_steps, model, tokenizer, config.sample_prompts)
+            write_samples(
+                run.folder, data.total_steps, model, tokenizer, config.sample_prompts, writes=run.mesh.is_main
+            )
         run.finish()

@@ -29,6 +29,7 @@ def main(config: SFT) -> None:
     with start_run(config, "sft") as run:
         source = find_model(config.model)
         tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, source.family.chat_templates)
+        run.check_fit(source, tokenizer)
         length = max_sequence_length(config, source)
         data = chat_batches(config, tokenizer, run.mesh, max_seq_len=length)
         held_out = validation_batches(config, tokenizer, run.mesh, max_seq_len=length)
@@ -38,7 +39,7 @@ def main(config: SFT) -> None:
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
         run.keep(model, tokenizer, optimizer, data, source)
         if not run.resume_from:
-            write_samples(run.folder, 0, model, tokenizer, config.sample_prompts, chat=True)
+            write_samples(run.folder, 0, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
 
         for step in run.steps(data.total_steps):
             batches = run.next(data.step, step)
@@ -48,5 +49,13 @@ def main(config: SFT) -> None:
             run.save_if_due(step)
 
         if not run.stopped:
-            write_samples(run.folder, data.total_steps, model, tokenizer, config.sample_prompts, chat=True)
+            write_samples(
+                run.folder,
+                data.total_steps,
+                model,
+                tokenizer,
+                config.sample_prompts,
+                chat=True,
+                writes=run.mesh.is_main,
+            )
         run.finish()

@@ -25,6 +25,7 @@ from tunesmith.nn.quantize import quantize_linear_layers
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
+from tunesmith.training.preflight import check_vocabulary
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -85,22 +86,10 @@ def build_model(
     With `resume_from`, a checkpoint of the same run, its weights (or adapter) are loaded in place of the source's. The
     trained parameters are float32 where `dtype` is fp16 and for adapters, and of `dtype` elsewhere.
     """
-    if config.dtype == "bf16" and not supports_bf16(mesh.device):
-        raise UserError(f"{mesh.device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
+    model, first_new_row = construct_model(config, source, tokenizer, mesh, resume_from)
     lora = config.weights if isinstance(config.weights, LoRAWeights) else None
-    computes_in = DTYPES[config.dtype]
-    dtype = computes_in if lora or config.dtype != "fp16" else torch.float32
-    if config.param_dtype is not None:
-        dtype = DTYPES[config.param_dtype]
-    hf_config, first_new_row = _fit_vocabulary(source, tokenizer, config)
-    decoder_config = source.family.read_config(hf_config)
-
-    with torch.device("meta"), default_dtype(dtype):
-        model = build(hf_config, source.family, decoder_config)
-    if lora:
-        _apply(model, lora, resume_from)
-    is_cast = config.dtype != "fp16" and dtype != computes_in
-    parallelize(model, mesh, source.family.tp_plan, config, computes_in if is_cast else None)
+    is_cast = lora is None and config.param_dtype is not None and config.param_dtype != config.dtype
+    parallelize(model, mesh, source.family.tp_plan, config, DTYPES[config.dtype] if is_cast else None)
     _materialize(model, mesh.device, max_sequence_length(config, source))
 
     seed = config.seed or 0
@@ -116,6 +105,35 @@ def build_model(
             peft.load_adapter(model, trained)
         freeze_base(model)
     return model.train()
+
+
+def construct_model(
+    config: TrainSettings, source: Source, tokenizer: Tokenizer, mesh: Mesh, resume_from: Path | None = None
+) -> tuple[CausalLM, int | None]:
+    """The model of a run on the meta device, adapters on it, and the first row of its embedding that is new (None: none).
+
+    It takes a moment and reads no weights, but needs all of them to fit: raises UserError where the device lacks the
+    number type, the tokenizer has more tokens than the embedding rows, `weights.target_modules` names no layer, or the
+    adapter to go on from was made for another model.
+    """
+    if config.dtype == "bf16" and not supports_bf16(mesh.device):
+        raise UserError(f"{mesh.device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
+    lora = config.weights if isinstance(config.weights, LoRAWeights) else None
+    dtype = DTYPES[config.dtype] if lora else trained_dtype(config)
+    rows = source.family.read_config(source.hf_config).vocab_size
+    check_vocabulary(config, source.name, rows, tokenizer.vocab_size)
+    grows = tokenizer.vocab_size > rows
+    hf_config = {**source.hf_config, "vocab_size": tokenizer.vocab_size} if grows else source.hf_config
+    with torch.device("meta"), default_dtype(dtype):
+        model = build(hf_config, source.family, source.family.read_config(hf_config))
+    if lora:
+        _apply(model, lora, resume_from)
+    return model, rows if grows else None
+
+
+def trained_dtype(config: TrainSettings) -> torch.dtype:
+    """Number type in which trained weights are kept: float32 where fp16 is computed in, else `param_dtype` or `dtype`."""
+    return torch.float32 if config.dtype == "fp16" else DTYPES[config.param_dtype or config.dtype]
 
 
 def _apply(model: CausalLM, lora: LoRAWeights, resume_from: Path | None) -> None:
@@ -138,26 +156,6 @@ def _apply(model: CausalLM, lora: LoRAWeights, resume_from: Path | None) -> None
 def _materialize(model: CausalLM, device: torch.device, max_seq_len: int | None) -> None:
     model.to_empty(device=device)
     model.init_buffers(device, max_seq_len)
-
-
-def _fit_vocabulary(source: Source, tokenizer: Tokenizer, config: TrainSettings) -> tuple[dict[str, Any], int | None]:
-    """The numbers of the model with an embedding that has a row for every token, and the first row added (None: none).
-
-    Raises UserError where the tokenizer has ids that the model lacks and the config did not ask to add any.
-    """
-    rows, needed = source.hf_config["vocab_size"], tokenizer.vocab_size
-    if needed <= rows:
-        return source.hf_config, None
-    if not config.tokenizer.add_tokens:
-        raise UserError(
-            f"the tokenizer has {needed} tokens and {source.name} an embedding of {rows} rows: they don't belong together; "
-            "give the model's own tokenizer, or name new tokens in `tokenizer.add_tokens`"
-        )
-    if isinstance(config.weights, LoRAWeights):
-        raise UserError(
-            "`tokenizer.add_tokens` grows the embedding, whose new rows an adapter doesn't hold: use `weights.type: full`"
-        )
-    return {**source.hf_config, "vocab_size": needed}, rows
 
 
 @contextlib.contextmanager

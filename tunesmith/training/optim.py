@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.checkpoint.hf import outgoing as outgoing_part
+from tunesmith.checkpoint.tensor_files import Outgoing, StoredTensor
 from tunesmith.configs import shared
 from tunesmith.errors import UserError, require
-from tunesmith.nn.part import local_tensor
+from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.parallel.gradients import norm_over, sum_partial
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.training.schedule import lr_factor
@@ -36,6 +38,7 @@ class Optimizer:
             raise UserError("no parameter is trained: `weights.target_modules` matches nothing that can learn")
         # Updates are elementwise, so each rank makes those of its part, as plain tensors: any optimizer understands them.
         self._parameters: Parameters = [(n, _own_part(p)) for n, p in self._trained]
+        self._parts, self._speaks = parameter_parts(model), speaks_for(model)
         self._scaler = torch.amp.GradScaler(mesh.device.type) if config.dtype == "fp16" else None
         self._lengths: dict[str, Tensor] = {}
         if config.optimizer_in_bwd:
@@ -136,67 +139,87 @@ class Optimizer:
 
     # --- what a checkpoint keeps ---------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything a resumed run needs: tensors by `parameter::key`, and plain values.
+    def state(self) -> tuple[dict[str, Outgoing], dict[str, Any]]:
+        """Everything a resumed run needs: tensors by `parameter::key`, cut as the parameter is, and plain values.
 
-        A tensor of a subclass (8-bit states) is stored as its inner tensors, with what rebuilds it among the values. Of
-        parameter groups, what the optimizer itself has changed is kept (some count or estimate there).
+        Of parameter groups, what the optimizer itself has changed is kept (some count or estimate there). A tensor in
+        another shape than its parameter (8-bit blocks, factored moments), where parameters are cut, is kept by each rank
+        for itself, as `parameter::key@rank`.
         """
         tensors: dict[str, Tensor] = {}
         values: dict[str, Any] = {
             "loss_scale": self._scaler.state_dict() if self._scaler else None,
             "plain": {},
             "wrapped": {},
+            "nested": {},
             "groups": [
                 {key: value for key, value in _numbers(group).items() if value != at_start.get(key)}
                 for group, at_start in zip(self._groups(), self._groups_at_start)
             ],
         }
-        for name, key, value in self._states():
-            slot = f"{name}::{key}"
-            if not isinstance(value, Tensor):
-                values["plain"][slot] = value
-            elif type(value) not in (Tensor, nn.Parameter) and hasattr(value, "__tensor_flatten__"):
-                inner, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
-                kind = f"{type(value).__module__}.{type(value).__qualname__}"
-                values["wrapped"][slot] = {
-                    "type": kind,
-                    "context": _dtypes_named(context),
-                    "inner": list(inner),
-                    "shape": list(value.shape),
-                    "stride": list(value.stride()),
-                }
-                tensors.update({f"{slot}::{part}": getattr(value, part).detach() for part in inner})
+        names = self._name_of
+        for optimizer in self._optimizers:
+            for parameter, state in optimizer.state.items():
+                _take_apart(names[id(parameter)], dict(state), tensors, values)
+        values["wrapped"] = {self._own_slot(slot): record for slot, record in values["wrapped"].items()}
+        outgoing: dict[str, Outgoing] = {}
+        for slot, tensor in tensors.items():
+            name = slot.partition("::")[0]
+            part, speaks = self._parts[name], self._speaks(name)
+            if tensor.ndim and tensor.shape == part.local_shape:
+                outgoing[slot] = outgoing_part(tensor, part, speaks)
+            elif tensor.numel() == 1 or part.is_whole:
+                outgoing[slot] = outgoing_part(tensor, Part.whole(tensor.shape), speaks)
             else:
-                tensors[slot] = value.detach()
-        return tensors, values
+                outgoing[self._own_slot(slot)] = outgoing_part(tensor, Part.whole(tensor.shape), True)
+        return outgoing, values
 
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def load_state(self, stored: Mapping[str, StoredTensor], values: dict[str, Any], same_layout: bool = True) -> None:
+        """Go on from what `state` gave, on any layout; each rank reads its part. same_layout: whether it is the one that it was saved on."""
         if self._scaler and values["loss_scale"]:
             self._scaler.load_state_dict(values["loss_scale"])
         for group, changed in zip(self._groups(), values["groups"]):
             group.update(changed)
-        loaded: dict[str, dict[str, Any]] = {}
-        rebuilt = {slot: _rebuild(slot, record, tensors) for slot, record in values["wrapped"].items()}
-        inner = {f"{slot}::{part}" for slot, record in values["wrapped"].items() for part in record["inner"]}
-        plain = {slot: tensor for slot, tensor in tensors.items() if slot not in inner}
-        for slot, value in {**values["plain"], **plain, **rebuilt}.items():
-            name, _, key = slot.partition("::")
-            loaded.setdefault(name, {})[key] = value
-        by_name = dict(self._parameters)
-        if unknown := loaded.keys() - by_name.keys():
+        saved = {slot for slot in values["nested"] if "::" not in slot}
+        trained = {name for names in self.mesh.ranks.gather([name for name, _ in self._parameters]) for name in names}
+        if unknown := saved - trained:
             raise UserError(
                 f"the checkpoint holds optimizer states of parameters that are not trained now, such as {min(unknown)}"
             )
+        if not same_layout and any("@" in slot for slot in (*stored, *values["wrapped"])):
+            raise UserError(
+                f"the states of `optimizer.type: {self.config.optimizer.type}` were saved by ranks that each held blocks of "
+                "their own: go on with the layout they were saved on"
+            )
+        wrapped = {slot.partition("@")[0]: one for slot, one in values["wrapped"].items() if self._is_own(slot)}
+        values = {**values, "wrapped": wrapped}
+        tensors = {
+            slot.partition("@")[0]: self._read(slot, tensor)
+            for slot, tensor in stored.items()
+            if slot.partition("::")[0] in self._parts and self._is_own(slot)
+        }
         for optimizer in self._optimizers:
             fused = bool(optimizer.defaults.get("fused"))
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name = self._name_of[id(parameter)]
-                    if name in loaded:
-                        optimizer.state[parameter] = {
-                            k: _place(k, v, parameter, fused) for k, v in loaded[name].items()
-                        }
+                    if name in saved:
+                        state = _put_together(name, tensors, values)
+                        optimizer.state[parameter] = {k: _place(k, v, parameter, fused) for k, v in state.items()}
+
+    def _own_slot(self, slot: str) -> str:
+        """The name of what each rank keeps for itself."""
+        return slot if self.mesh.world_size == 1 else f"{slot}@{self.mesh.rank}"
+
+    def _is_own(self, slot: str) -> bool:
+        return "@" not in slot or slot == self._own_slot(slot.partition("@")[0])
+
+    def _read(self, slot: str, stored: StoredTensor) -> Tensor:
+        part = self._parts[slot.partition("::")[0]]
+        is_cut = "@" not in slot and tuple(stored.shape) == part.shape
+        tensor = torch.empty(part.local_shape if is_cut else stored.shape, dtype=stored.dtype)
+        stored.read_into(tensor, part if is_cut else None)
+        return tensor
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self._optimizers:
@@ -205,13 +228,6 @@ class Optimizer:
     @property
     def _name_of(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in self._parameters}
-
-    def _states(self) -> Iterator[tuple[str, str, Any]]:
-        names = self._name_of
-        for optimizer in self._optimizers:
-            for parameter, state in optimizer.state.items():
-                for key, value in state.items():
-                    yield names[id(parameter)], key, value
 
 
 def _length(gradient: Tensor) -> Tensor:
@@ -232,6 +248,56 @@ def _numbers(group: dict[str, Any]) -> dict[str, Any]:
         for key, value in group.items()
         if key not in ("params", "lr") and isinstance(value, bool | int | float | str)
     }
+
+
+_CONTAINERS = {"dict": dict, "list": list, "tuple": tuple}
+
+
+def _take_apart(slot: str, value: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Store a value of an optimizer's state under `slot`, what it contains under `slot::key`: tensors, and what json can hold.
+
+    A tensor of a subclass (8-bit states) is stored as its inner tensors, with what rebuilds it among the values.
+    """
+    if isinstance(value, Tensor):
+        if type(value) not in (Tensor, nn.Parameter) and hasattr(value, "__tensor_flatten__"):
+            inner, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
+            values["wrapped"][slot] = {
+                "type": f"{type(value).__module__}.{type(value).__qualname__}",
+                "context": _dtypes_named(context),
+                "inner": list(inner),
+                "shape": list(value.shape),
+                "stride": list(value.stride()),
+            }
+            tensors.update({f"{slot}::{part}": getattr(value, part).detach() for part in inner})
+        else:
+            tensors[slot] = value.detach()
+    elif value is None or isinstance(value, bool | int | float | str):
+        values["plain"][slot] = value
+    else:
+        kind = type(value).__name__
+        items = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else {}
+        keys_differ = len({str(key) for key in items}) == len(items)
+        if type(value) is not _CONTAINERS.get(kind) or {type(key) for key in items} - {str, int} or not keys_differ:
+            raise UserError(
+                f"the optimizer's state {slot} can't be saved: it is of the type {kind}, and may be made of tensors, numbers, "
+                "texts, lists, tuples and dicts with texts or whole numbers as keys; choose another `optimizer.type`"
+            )
+        values["nested"][slot] = {"type": kind, "keys": list(items)}
+        for key, item in items.items():
+            _take_apart(f"{slot}::{key}", item, tensors, values)
+
+
+def _put_together(slot: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> Any:
+    """What `_take_apart` stored under `slot`."""
+    if slot in values["plain"]:
+        return values["plain"][slot]
+    if slot in values["wrapped"]:
+        return _rebuild(slot, values["wrapped"][slot], tensors)
+    if slot not in values["nested"]:
+        return tensors[slot]
+    record = values["nested"][slot]
+    items = {key: _put_together(f"{slot}::{key}", tensors, values) for key in record["keys"]}
+    return items if record["type"] == "dict" else _CONTAINERS[record["type"]](items.values())
 
 
 def _rebuild(slot: str, record: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
@@ -257,8 +323,12 @@ def _dtypes_found(context: Any) -> Any:
     return [_dtypes_found(one) for one in context] if isinstance(context, list) else context
 
 
-def _place(key: str, value: Any, parameter: Tensor, fused: bool) -> Any:
+def _place(key: str | int, value: Any, parameter: Tensor, fused: bool) -> Any:
     """Step counters stay on the host, where the unfused optimizers keep them; all else goes to the parameter's device."""
+    if isinstance(value, dict):
+        return {k: _place(k, v, parameter, fused) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_place(key, v, parameter, fused) for v in value)
     if not isinstance(value, Tensor):
         return value
     return value if key == "step" and not fused else value.to(parameter.device)

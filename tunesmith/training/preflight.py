@@ -9,15 +9,19 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.configs.layout import Layout
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import follow_latest
 
+if TYPE_CHECKING:
+    from tunesmith.models.family import DecoderConfig, Family
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_FILE = "adapter_config.json"
+_ADAPTER_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 def check(config: Any) -> list[str]:
@@ -153,6 +157,13 @@ def damaged(file: Path) -> str | None:
     return None
 
 
+def _tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """{name: shape} of a whole safetensors file, told from its header."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
 def _adapters(config: Any, notes: list[str]) -> Iterator[str]:
     for option, name in (
         ("adapter", getattr(config, "adapter", None)),
@@ -178,13 +189,128 @@ def _adapter(option: str, folder: Path, base: str | None, notes: list[str]) -> I
         return
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        yield f"{folder}: no adapter_model.safetensors, so this adapter has no weights"
+        if not (folder / "adapter_model.bin").is_file():
+            yield f"{folder}: no adapter_model.safetensors, so this adapter has no weights"
     elif damage := damaged(weights):
         yield f"{weights}: {damage}"
+    elif base or named:
+        yield from _adapter_fit(folder, weights, follow_latest(Path(base or named).expanduser()))
     if base is None and not named:
         yield f"{folder / ADAPTER_FILE}: names no base model; give it as `base`"
     elif base is None and not Path(named).expanduser().exists():
         yield from _not_a_folder(f"{option} (base of {folder})", named, notes)
+
+
+def _adapter_fit(folder: Path, weights: Path, base: Path) -> Iterator[str]:
+    """The first layer of an adapter that its base, where that is a folder here, lacks or has in another shape."""
+    from tunesmith.models.families import model_config
+
+    try:
+        _, family, shape = model_config(base)
+    except UserError:
+        return  # told where the base is named, or looked up when the run starts
+    names, _ = family.adaptable_layers(shape.num_hidden_layers)
+    base_shapes: dict[str, list[int]] = {}
+    for file in base.glob("*.safetensors"):
+        if damaged(file) is None:
+            base_shapes |= _tensor_shapes(file)
+    for name, found in _tensor_shapes(weights).items():
+        if (match := _ADAPTER_TENSOR.fullmatch(name)) is None:
+            continue
+        layer, side = match.groups()
+        ours, dim = base_shapes.get(f"{layer}.weight"), "BA".index(side)  # A is (rank, inputs), B (outputs, rank)
+        if layer not in names:
+            what = f"it has weights for {layer}, and the model no such linear layer"
+        elif ours and found[dim] != ours[dim]:
+            what = f"its {name} has the shape {tuple(found)}, and the model's {layer} {tuple(ours)}"
+        else:
+            continue
+        yield f"the adapter in {folder} doesn't fit {base}: {what}"
+        return
+
+
+# --- how model, tokenizer and settings go together -----------------------------------------------
+
+
+def _fit(config: Any, notes: list[str]) -> Iterator[str]:
+    """What the numbers in config.json decide for a run that trains."""
+    if not hasattr(config, "weights"):
+        return
+    from tunesmith.nn.targets import choose_layers
+
+    try:
+        if (found := _shape(config)) is None:
+            return
+        family, shape = found
+        if config.weights.type == "lora" and config.weights.adapter is None:
+            choose_layers(*family.adaptable_layers(shape.num_hidden_layers), config.weights.target_modules)
+        check_vocabulary(config, config.model, shape.vocab_size, _count_tokens(config, shape.vocab_size))
+    except UserError as error:
+        yield str(error)
+        return
+    if warning := warn_of_length(config, shape):
+        notes.append(warning)
+
+
+def _shape(config: Any) -> tuple[Family, DecoderConfig] | None:
+    """Family and numbers of the model, where they are here. Raises UserError for what is wrong with them."""
+    from tunesmith.models.families import model_config, named_sizes
+
+    folder, changes = follow_latest(Path(config.model).expanduser()), getattr(config, "model_args", None) or {}
+    if (folder / "config.json").is_file():
+        hf_config, family, shape = model_config(folder)
+    elif config.model.count("/") == 1 and config.model in named_sizes():
+        family, hf_config, _ = named_sizes()[config.model]
+        shape = family.read_config(hf_config)
+    else:
+        return None
+    return family, family.read_config({**hf_config, **changes}) if changes else shape
+
+
+def _count_tokens(config: Any, rows: int) -> int:
+    """How many tokens tokenizer.json and `tokenizer.add_tokens` make, where that may be more than `rows`; else 0.
+
+    To parse a large file takes most of a second: first it is searched for a number that could be such an id.
+    """
+    place, added = Path(config.tokenizer.path or config.model).expanduser(), dict.fromkeys(config.tokenizer.add_tokens)
+    file = follow_latest(place) / "tokenizer.json" if place.is_dir() or place.name == "latest" else place
+    if file.suffix != ".json" or not file.is_file():
+        return 0
+    content, spare = file.read_bytes(), max(0, rows - len(added))
+    if not any(int(number) >= spare for number in re.findall(rb":\s*(\d{%d,9})\b" % len(str(spare)), content)):
+        return 0
+    try:
+        parsed = json.loads(content)
+        ids = {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in parsed["added_tokens"]}}
+        return max(ids.values()) + 1 + sum(token not in ids for token in added)
+    except (ValueError, KeyError, TypeError):
+        return 0  # another kind of tokenizer, or a damaged file: the run's own reader says which
+
+
+def check_vocabulary(config: Any, model: str, rows: int, needed: int) -> None:
+    """Raise UserError where a tokenizer of `needed` tokens goes beyond the model's embedding, and it was not asked, or able, to grow."""
+    if needed <= rows:
+        return
+    if not config.tokenizer.add_tokens:
+        raise UserError(
+            f"the tokenizer has {needed} tokens and {model} an embedding of {rows} rows: they don't belong together; "
+            "give the model's own tokenizer, or name new tokens in `tokenizer.add_tokens`"
+        )
+    if config.weights.type == "lora":
+        raise UserError(
+            "`tokenizer.add_tokens` grows the embedding, whose new rows an adapter doesn't hold: use `weights.type: full`"
+        )
+
+
+def warn_of_length(config: Any, shape: DecoderConfig) -> str | None:
+    """A sentence where rows may be longer than the model is made for."""
+    wanted, limit = config.tokenizer.max_seq_len, shape.context_length
+    if wanted is None or wanted <= limit:
+        return None
+    return (
+        f"`tokenizer.max_seq_len` = {wanted} is more than the {limit} tokens that {config.model} is made for "
+        "(`max_position_embeddings`, stretched as its config.json says): it has never seen the positions behind them"
+    )
 
 
 def _tokenizer(config: Any, notes: list[str]) -> Iterator[str]:
@@ -336,4 +462,4 @@ def _get(config: Any, section: str, option: str) -> Any:
     return getattr(getattr(config, section, None), option, None)
 
 
-_PARTS = (_model, _adapters, _tokenizer, _data, _output, _layout, _packages)
+_PARTS = (_model, _adapters, _fit, _tokenizer, _data, _output, _layout, _packages)

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,11 +43,11 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import peak_memory_gib, pick_device, reset_peak_memory
-from tunesmith.parallel.mesh import Mesh, start_mesh, stop_mesh
-from tunesmith.training.build import Source
+from tunesmith.parallel.mesh import Mesh, Ranks, start_mesh, stop_mesh
+from tunesmith.training.build import Source, construct_model
 from tunesmith.training.folder import claim, environment, unclaim
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check, is_restart
+from tunesmith.training.preflight import check, is_restart, warn_of_length
 from tunesmith.training.profile import profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
@@ -76,6 +77,12 @@ class Run:
         self._checkpoints: Checkpoints | None = None
         self._data: Any = None
         self._check_saved: Callable[[Path], float | None] | None = None
+
+    def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
+        """Before data are read: raise UserError where model, tokenizer and adapter don't fit together, warn of rows too long for the model."""
+        construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
+        if warning := warn_of_length(self.config, source.family.read_config(source.hf_config)):
+            self.note(warning)
 
     # --- the loop ------------------------------------------------------------------------------------
 
@@ -206,11 +213,11 @@ class Run:
         adapter = isinstance(self.config.weights, LoRAWeights)
         base = str(source.folder.resolve()) if source.folder and Path(source.name).exists() else source.name
 
-        def stage() -> Callable[[Path], dict[str, str]]:
+        def stage(ranks: Ranks) -> Callable[[Path], dict[str, str]]:
             background = self.config.enable_async_checkpointing
             if adapter:
-                return peft.stage_adapter(model, base, tokenizer, copy=background)
-            return stage_repository(model, tokenizer, source.folder, copy=background)
+                return peft.stage_adapter(model, base, tokenizer, copy=background, ranks=ranks)
+            return stage_repository(model, tokenizer, source.folder, copy=background, ranks=ranks)
 
         self._checkpoints = Checkpoints(
             self.folder,
@@ -222,7 +229,8 @@ class Run:
             keep_last=self.config.keep_last_n_checkpoints,
             background=self.config.enable_async_checkpointing,
         )
-        self._check_saved = lambda folder: (peft.check_saved_adapter if adapter else check_saved)(model, folder)
+        check = peft.check_saved_adapter if adapter else partial(check_saved, ranks=self.mesh.ranks)
+        self._check_saved = lambda folder: check(model, folder)
         self._data = data
 
     def _fingerprint(self, source: Source, data: Any) -> dict[str, Any]:
@@ -286,16 +294,16 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
         stack.callback(stop_mesh)
         mesh = start_mesh(device, Layout.of(config), config.dist_timeout_seconds)
         check_same_everywhere(mesh, config)
-        mesh.on_all(lambda: check(config))
-        lock = mesh.from_main(lambda: claim(folder, resumes))
+        mesh.ranks.on_all(lambda: check(config))
+        lock = mesh.ranks.from_main(lambda: claim(folder, resumes))
         try:
             if mesh.is_main:
                 stack.callback(os.close, lock)
             stack.enter_context(end_on_sigterm())
-            resume_from = mesh.from_main(lambda: newest_checkpoint(folder)) if resumes else None
+            resume_from = mesh.ranks.from_main(lambda: newest_checkpoint(folder)) if resumes else None
             _draw_seed(config, resume_from, mesh)
             if resume_from is not None:
-                mesh.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
+                mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
             seed_everything((config.seed or 0) + mesh.dp_rank, config.deterministic)
             run = Run(config, recipe, mesh, folder, resume_from)
             stack.callback(run.close)
@@ -309,7 +317,7 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
 def check_same_everywhere(mesh: Mesh, config: TrainSettings) -> None:
     """Raise UserError on every rank where one has another config or other versions."""
     own = {"tunesmith": tunesmith.__version__, "torch": torch.__version__, "the config": dump_config(config)}
-    for rank, other in enumerate(all_of := mesh.gather(own)):
+    for rank, other in enumerate(all_of := mesh.ranks.gather(own)):
         for what, value in other.items():
             if value != all_of[0][what]:
                 known = "" if what == "the config" else f" ({value} instead of {all_of[0][what]})"
@@ -322,7 +330,7 @@ def _draw_seed(config: TrainSettings, resume_from: Path | None, mesh: Mesh) -> N
     """Fill in the seed where none is given: the one that was drawn before, or a new one."""
     if config.seed is None:
         drawn = read_state(resume_from)["fingerprint"]["seed"] if resume_from is not None else None
-        config.seed = mesh.from_main(lambda: int.from_bytes(os.urandom(4), "little")) if drawn is None else drawn
+        config.seed = mesh.ranks.from_main(lambda: int.from_bytes(os.urandom(4), "little")) if drawn is None else drawn
 
 
 def _fixed_settings(config: TrainSettings, recipe: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def train_step(
 def _sum_terms(sums: dict[str, float], mesh: Mesh) -> dict[str, float]:
     """Of every term over all ranks; ranks that compute no loss (stages of a pipeline) learn the names."""
     names = (
-        list(dict.fromkeys(name for own in mesh.gather(list(sums)) for name in own))
+        list(dict.fromkeys(name for own in mesh.ranks.gather(list(sums)) for name in own))
         if mesh.size("pp") > 1
         else list(sums)
     )
@@ -153,7 +153,7 @@ def validation_loss(
         own = [own_tokens(model, batch, mesh).to(mesh.device) for batch in micro_batches]
         forward(model, own, loss_sums, optimizer.precision)
     model.train(was_training)
-    units = dict(pair for own in mesh.gather(list(units.items())) for pair in own)
+    units = dict(pair for own in mesh.ranks.gather(list(units.items())) for pair in own)
     totals = _sum_terms(sums, mesh)
     names = sorted(counts)
     over_all = dict(zip(names, mesh.sum([counts[name] for name in names])))
