@@ -178,3 +178,14 @@ def test_durations():
         "1:02:03",
         "2 d 3 h",
     ]
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        progress = Progress(3, stream=stream)
+        for step in (1, 2, 3):
+            progress.update(step, {"loss": 1.0})
+            progress.note("a line")
+        progress.close()
