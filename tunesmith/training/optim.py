@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from tunesmith.errors import UserError, require
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.parallel.gradients import norm_over, sum_partial
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.whole import Wholes
+from tunesmith.training.muon import Muon
 from tunesmith.training.schedule import lr_factor
 
 Parameters = list[tuple[str, nn.Parameter]]
@@ -42,11 +45,25 @@ class Optimizer:
         self._scaler = torch.amp.GradScaler(mesh.device.type) if config.dtype == "fp16" else None
         self._lengths: dict[str, Tensor] = {}
         if config.optimizer_in_bwd:
-            self._optimizers = [o for p in self._parameters for o in build_optimizers([p], config.optimizer)]
+            self._optimizers = [o for p in self._parameters for o in self._build([p])]
             self._update_in_backward()
         else:
-            self._optimizers = build_optimizers(self._parameters, config.optimizer)
+            self._optimizers = self._build(self._parameters)
         self._groups_at_start = [_numbers(group) for group in self._groups()]
+
+    def _build(self, parameters: Parameters) -> list[torch.optim.Optimizer]:
+        config = self.config.optimizer
+        if isinstance(config, shared.Adafactor) and not all(self._parts[name].is_whole for name, _ in parameters):
+            raise UserError(
+                "`optimizer.type: adafactor` takes means over whole rows and columns, which no rank has where "
+                "`data_parallel_shard_dim`, `context_parallel_dim` or `tensor_parallel_dim` cut them: use copies "
+                "(`data_parallel_shard_dim: 1` with `data_parallel_replicate_dim`), or another optimizer"
+            )
+        return build_optimizers(parameters, config, lambda: self._wholes)
+
+    @cached_property
+    def _wholes(self) -> Wholes:
+        return Wholes(self._model, self.mesh)
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context of a forward pass: fp16 computes under autocast over float32 weights, others as the weights are."""
@@ -337,7 +354,9 @@ def _place(key: str | int, value: Any, parameter: Tensor, fused: bool) -> Any:
 # --- optimizers by name ------------------------------------------------------------------------------
 
 
-def build_optimizers(parameters: Parameters, config: shared.Optimizer) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    parameters: Parameters, config: shared.Optimizer, wholes: Callable[[], Wholes]
+) -> list[torch.optim.Optimizer]:
     """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes."""
     if isinstance(config, shared.AdamW):
         return [
@@ -354,7 +373,7 @@ def build_optimizers(parameters: Parameters, config: shared.Optimizer) -> list[t
     if isinstance(config, shared.Adafactor):
         return [torch.optim.Adafactor(_groups(parameters, config.weight_decay), config.lr)]
     if isinstance(config, shared.Muon):
-        return _muon(parameters, config)
+        return _muon(parameters, config, wholes())
     return [_third_party(parameters, config)]
 
 
@@ -366,7 +385,7 @@ def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-def _muon(parameters: Parameters, config: shared.Muon) -> list[torch.optim.Optimizer]:
+def _muon(parameters: Parameters, config: shared.Muon, wholes: Wholes) -> list[torch.optim.Optimizer]:
     def is_hidden_matrix(item: tuple[str, nn.Parameter]) -> bool:
         name, parameter = item
         return parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith("lm_head")
@@ -375,16 +394,8 @@ def _muon(parameters: Parameters, config: shared.Muon) -> list[torch.optim.Optim
     others = [item for item in parameters if not is_hidden_matrix(item)]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                [p for _, p in matrices],
-                config.lr,
-                config.weight_decay,
-                config.momentum,
-                config.nesterov,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        settings = (config.lr, config.weight_decay, config.momentum, config.nesterov)
+        optimizers.append(Muon(dict(matrices), wholes, *settings))
     if others:
         optimizers.append(torch.optim.AdamW(_groups(others, config.weight_decay), config.lr, fused=True))
     return optimizers
