@@ -91,11 +91,8 @@ def test_torch_free_modules_import_no_torch():
         ("--help", "dataclasses pathlib yaml argparse"),
         ("ls", "yaml argparse shutil difflib json"),
         ("ls sft", "yaml argparse shutil difflib json"),
-        (
-            "cat sft +lora model=some/model batch_size=2",
-            "yaml argparse shutil difflib json tunesmith.models tunesmith.data",
-        ),
-        ("cp sft x.yaml", "yaml argparse shutil difflib json tunesmith.models tunesmith.data"),
+        ("cat sft", "argparse shutil difflib json tunesmith.models tunesmith.data"),
+        ("cp sft x.yaml", "argparse shutil difflib json tunesmith.models tunesmith.data"),
     ],
 )
 def test_quick_verbs_import_little(tmp_path, words, unwanted):

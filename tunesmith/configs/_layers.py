@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tunesmith.configs._plain_yaml import plain_mapping, plain_scalar
-
 if TYPE_CHECKING:
     import yaml  # imported where it is needed: it takes as long as all other modules together
 
@@ -116,9 +114,6 @@ def read_file(path: Path, order: int, problems: list[Problem], *, shipped: bool 
 
 def parse_text(text: str, name: str, order: int, problems: list[Problem], *, shipped: bool = False) -> Node | None:
     """The tree of YAML `text`; `name` stands for the file in messages."""
-    plain = plain_mapping(text, lambda value, line, raw: Node(value, Place(order, name, line, shipped), raw))
-    if plain is not None:
-        return plain
     import yaml
 
     try:
@@ -205,13 +200,11 @@ class _Reader:
 
 def parse_value(text: str, place: Place) -> Node:
     """The node of the text behind `key=`: lists and dicts in YAML syntax, otherwise one scalar, whatever it contains."""
-    if text == "None":  # torchtune's and Python's word for null
-        return Node(None, place, text)
-    if (plain := plain_scalar(text)) is not None:
-        return Node(plain[0], place, text)
     import yaml
 
     loader = _loader()("")
+    if text == "None":  # torchtune's and Python's word for null
+        return Node(None, place, text)
     if text[:1] in tuple("[{\"'"):
         try:
             loader = _loader()(text)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from pathlib import Path
 from typing import Any
 
 from tunesmith.configs import _schema as schema
 from tunesmith.configs._check import REQUIRED
-from tunesmith.configs._plain_yaml import is_word
 
 
 def section_lines(config: Any, indent: str = "", sort: bool = False) -> list[str]:
@@ -49,6 +49,10 @@ def flow(value: Any) -> str:
     return scalar(value)
 
 
+_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+-]*")
+_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "none", "y", "n", "~", ".inf", ".nan"}
+
+
 def scalar(value: Any) -> str:
     """A scalar in YAML that our reader and any other read alike."""
     if value is None or isinstance(value, bool):
@@ -58,7 +62,7 @@ def scalar(value: Any) -> str:
     if isinstance(value, float):
         return _number(value)
     text = str(value).replace("${", "$${")
-    if is_word(text):
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS and not re.match(r"\.\d", text):
         return text
     if text.isascii() and text.isprintable():
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

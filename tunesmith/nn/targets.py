@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
 
@@ -45,8 +46,6 @@ def _match_pattern(names: Sequence[str], pattern: str) -> list[str]:
 
 def _unknown_target(target: str, names: Sequence[str]) -> str:
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    import difflib
-
     close = difflib.get_close_matches(target.rpartition(".")[2], leaves, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"target_modules names {target!r}, but no linear layer of this model is called that{hint}: there are {', '.join(leaves)}; or write all-linear"
