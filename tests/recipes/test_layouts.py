@@ -28,6 +28,7 @@ LAYOUTS = {
 }
 WEIGHTS = {
     "full": [],
+    "rank 1": ["+lora", "weights.rank=1"],  # of whose matrix A one rank has nothing
     "lora": ["+lora"],
     "dora": ["+dora"],
     "qlora": ["+qlora"],
@@ -109,6 +110,7 @@ def words_of(recipe, weights, packed, tiny_model, chat_file, text_folder):
 SOME = [
     ("dp2", "sft", "full", True, 2),
     ("dp2", "sft", "qlora", False, 1),
+    ("dp2", "sft", "rank 1", True, 4),
     ("hsdp", "pretrain", "full", True, 4),
     ("tp2", "sft", "lora", True, 4),
     ("tp2", "pretrain", "full", False, 8),
