@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.nn.linear import linear
+
 IGNORED = -100
 """Label of a position without loss."""
 
@@ -40,7 +42,7 @@ class Head(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) before the soft cap."""
-        return F.linear(hidden, self.matrix)
+        return linear(hidden, self.matrix)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.logits(hidden)

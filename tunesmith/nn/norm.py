@@ -27,6 +27,8 @@ class RMSNorm(nn.Module):
             return _scaled(
                 wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps), x, self.weight, self.kind
             )
+        if not torch.is_grad_enabled():
+            return _normed(x, self.weight, self.eps, self.kind)[0]
         return _Norm.apply(x, self.weight, self.eps, self.kind)
 
     def extra_repr(self) -> str:
@@ -38,12 +40,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, kind: str) -> Tensor:
-        wide = x.float()
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
-        inverse = torch.rsqrt(mean_square + eps)
+        y, inverse = _normed(x, weight, eps, kind)
         ctx.save_for_backward(x, weight, inverse)
         ctx.kind = kind
-        return _scaled(wide * inverse, x, weight, kind)
+        return y
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -55,6 +55,14 @@ class _Norm(torch.autograd.Function):
         gradient = gradient * _scale(weight, ctx.kind)
         along = (gradient * normed).mean(-1, keepdim=True)
         return gradient.sub_(normed.mul_(along)).mul_(inverse).to(x.dtype), weight_gradient, None, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
+    """The norm of x, and 1 / rms(x)."""
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return _scaled(wide * inverse, x, weight, kind), inverse
 
 
 def _scaled(normed: Tensor, x: Tensor, weight: Tensor, kind: str) -> Tensor:
