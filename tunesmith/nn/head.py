@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.nn.collectives import copied, gathered, summed
+from tunesmith.nn.linear import linear
 
 IGNORED = -100
 """Label of a position without loss."""
@@ -69,7 +70,7 @@ class Head(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) before the soft cap; (..., V here) where ranks share the matrix."""
-        return F.linear(hidden, self.matrix)
+        return linear(hidden, self.matrix)
 
     def forward(self, hidden: Tensor, compute: str = "_logits", *arguments: Any) -> Tensor:
         """Every use of the head passes here, so that hooks on the module (fully_shard's) see it."""

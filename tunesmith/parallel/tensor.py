@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tunesmith.nn.collectives import Group, copied, gathered, scattered_sum, shared_sum, summed
 from tunesmith.nn.head import Head, VocabularyShard
+from tunesmith.nn.linear import linear
 from tunesmith.nn.lora import LoRALayer
 from tunesmith.nn.norm import RMSNorm
 from tunesmith.nn.part import Part, Range
@@ -209,7 +210,7 @@ def _sum_outputs(module: Any, split: _Split) -> None:
 def _without_bias(module: Any, x: Tensor) -> Tensor:
     if isinstance(module, LoRALayer):
         return module.project(x)
-    return module.project_quantized(x) if isinstance(module, NF4Linear) else F.linear(x, module.weight)
+    return module.project_quantized(x) if isinstance(module, NF4Linear) else linear(x, module.weight)
 
 
 def _look_up_own_rows(module: nn.Embedding, split: _Split) -> None:
