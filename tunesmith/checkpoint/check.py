@@ -49,7 +49,7 @@ def probe_logits(model: CausalLM, device: torch.device | None = None) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        ids = probe_ids(model.config.vocab_size, device or model.model.embed_tokens.weight.device)
+        ids = probe_ids(model.config.vocab_size, device or next(model.parameters()).device)
         return model.logits(ids).float().cpu()
     finally:
         model.train(was_training)
@@ -118,9 +118,9 @@ def check_saved(model: CausalLM, folder: str | Path, tolerance: float | None = N
 
     tolerance: default by the number types, see TOLERANCES. No second copy of the model is held. Raises UserError for a difference above it.
     """
-    device = model.model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     theirs = logits_from_files(folder, device)
     if tolerance is None:
-        types = (stated_dtype(read_model_config(folder)[0]), model.model.embed_tokens.weight.dtype)
+        types = (stated_dtype(read_model_config(folder)[0]), model.model.compute_dtype)
         tolerance = max(TOLERANCES.get(dtype, 1e-4) for dtype in types)
     return check_logits(probe_logits(model), theirs, tolerance, str(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from tunesmith.data.tokenizer import Tokenizer
@@ -22,6 +23,10 @@ def write_samples(
 ) -> None:
     """Answer `prompts` greedily and add {step, prompt, text} rows to samples.jsonl; rows of the same step are replaced."""
     if not prompts:
+        return
+    if model.pipeline is not None:
+        if model.pipeline.is_main:
+            print(f"step {step}: no samples, as text isn't generated through a pipeline of ranks yet", file=sys.stderr)
         return
     was_training = model.training
     model.eval()

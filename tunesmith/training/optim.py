@@ -32,11 +32,13 @@ class Optimizer:
         self.may_skip = False
         self._model = model
         self._trained: Parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if not self._trained:
+        if not mesh.max([len(self._trained)])[0]:
             raise UserError("no parameter is trained: `weights.target_modules` matches nothing that can learn")
         # Updates are elementwise, so each rank makes those of its part, as plain tensors: any optimizer understands them.
         self._parameters: Parameters = [(n, _own_part(p)) for n, p in self._trained]
         self._scaler = torch.amp.GradScaler(mesh.device.type) if config.dtype == "fp16" else None
+        if self._scaler:  # which begins to work when it scales something: stages of a pipeline have no loss
+            self._scaler.scale(torch.zeros((), device=mesh.device))
         self._lengths: dict[str, Tensor] = {}
         if config.optimizer_in_bwd:
             self._optimizers = [o for p in self._parameters for o in build_optimizers([p], config.optimizer)]
@@ -107,9 +109,11 @@ class Optimizer:
     def _update_loss_scale(self) -> None:
         if self._scaler is None:
             return
-        for state in self._scaler._per_optimizer_states.values():  # an overflow anywhere is one everywhere
-            for found in state["found_inf_per_device"].values():
-                found.fill_(self.mesh.max([float(found)])[0])
+        states = self._scaler._per_optimizer_states.values()
+        found = [one for state in states for one in state["found_inf_per_device"].values()]
+        anywhere = self.mesh.max([max(map(float, found), default=0.0)])[0]  # an overflow anywhere is one everywhere
+        for one in found:
+            one.fill_(anywhere)
         self._scaler.update()
         if self._scaler.get_scale() < _SMALLEST_LOSS_SCALE:
             raise UserError(
@@ -268,7 +272,9 @@ def _place(key: str, value: Any, parameter: Tensor, fused: bool) -> Any:
 
 
 def build_optimizers(parameters: Parameters, config: shared.Optimizer) -> list[torch.optim.Optimizer]:
-    """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes."""
+    """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes; none for none."""
+    if not parameters:
+        return []
     if isinstance(config, shared.AdamW):
         return [
             torch.optim.AdamW(
