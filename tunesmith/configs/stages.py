@@ -120,6 +120,12 @@ def pipeline_problems(config: Any) -> Iterator[str]:
             f"`compile` can't be combined with `pipeline_parallel_schedule: {name}`, which computes the gradients of activations and "
             "of weights at different times; take Interleaved1F1B, or turn `compile` off"
         )
+    if SCHEDULES[name].splits_backward and config.fsdp_reshard_after_forward == "always":
+        # Torch notes before the backward pass which parameters await a gradient, and would note the parts that stay here.
+        yield (
+            f"`fsdp_reshard_after_forward: always` can't be combined with `pipeline_parallel_schedule: {name}`, whose backward pass "
+            "would not find the weights; take default, or Interleaved1F1B"
+        )
     if SCHEDULES[name].splits_backward and config.ac_mode == "selective" and config.ac_option == "op":
         yield (
             f"`ac_option: op` can't be combined with `pipeline_parallel_schedule: {name}`, which goes back through a layer twice; "
@@ -127,6 +133,13 @@ def pipeline_problems(config: Any) -> Iterator[str]:
         )
     if config.global_batch_size is None:
         yield from micro_batch_problems(config, config.gradient_accumulation_steps or 1)
+
+
+def filled_up(config: Any, count: int) -> int:
+    """The smallest number of micro-batches, from `count` on, that the schedule takes: the last step of an epoch may have fewer."""
+    while any(micro_batch_problems(config, count)):
+        count += 1
+    return count
 
 
 def micro_batch_problems(config: Any, count: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.configs.shared import TrainSettings
-from tunesmith.configs.stages import SCHEDULES, stage_layers
+from tunesmith.configs.stages import SCHEDULES, filled_up, stage_layers
 from tunesmith.parallel.mesh import Mesh
 
 
@@ -187,7 +187,7 @@ class Pipeline:
         self.group, self.rank, self.ranks = mesh.group("pp"), mesh.index("pp"), mesh.size("pp")
         self.is_main = mesh.is_main
         self._name, self._kind = config.pipeline_parallel_schedule, SCHEDULES[config.pipeline_parallel_schedule]
-        self._model = model
+        self._model, self._config = model, config
         self._shares = mesh.size("tp") if config.sequence_parallel else 1
         """Into how many parts the tokens of the stream between stages are cut."""
         self._schedule: Any = None
@@ -209,17 +209,21 @@ class Pipeline:
     def forward_backward(self, batches: Sequence[B], loss_of: Callable[[Tensor, B], Tensor], context: Context) -> None:
         """As the function of this name. All micro-batches must be of one width."""
         rows = max(len(batch.input_ids) for batch in batches)
-        self._set_feed([_with_rows(batch, rows) for batch in batches], self._training_sight, context)
+        fed = [_with_rows(batch, rows) for batch in batches]
+        fed += [fed[-1]] * (filled_up(self._config, len(fed)) - len(fed))
+        self._set_feed(fed, self._training_sight, context)
 
         def loss(hidden: Tensor, number: Tensor) -> Tensor:
+            if int(number) >= len(batches):  # only there because the schedule needs so many
+                return hidden.float().sum() * 0
             batch = batches[int(number)]
             with context():
                 return loss_of(hidden[: len(batch.input_ids)], batch)
 
         self._loss = loss
-        schedule = self._schedule_for(len(batches), rows, batches[0].input_ids.shape[1])
+        schedule = self._schedule_for(len(fed), rows, batches[0].input_ids.shape[1])
         # On the host: a number on the device would have to be waited for.
-        schedule.step(target=torch.arange(len(batches)), return_outputs=False)
+        schedule.step(target=torch.arange(len(fed)), return_outputs=False)
         self._loss = self._set_feed(None)
 
     def _schedule_for(self, count: int, rows: int, width: int) -> Any:
