@@ -122,9 +122,8 @@ def test_a_state_that_can_not_be_saved_is_named(value):
 
 def test_vectors_are_not_decayed():
     model = network()
-    optimizer = build_optimizer(
-        model, TrainSettings(dtype="fp32", optimizer=shared.AdamW(weight_decay=0.1)), 1, start_mesh(torch.device("cpu"))
-    )
+    settings = TrainSettings(dtype="fp32", optimizer=shared.AdamW(weight_decay=0.1))
+    optimizer = build_optimizer(model, settings, 1, start_mesh(torch.device("cpu")))
     decay = {
         id(p): group["weight_decay"] for o in optimizer._optimizers for group in o.param_groups for p in group["params"]
     }

@@ -112,11 +112,8 @@ def saved_config(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str,
         config["architectures"] = [model.family.architectures[0]]
     config.pop("quantization_config", None)
     head = model.lm_head
-    if (
-        not model.config.tie_word_embeddings
-        or isinstance(head, LoRAHead)
-        or (head is not None and head.tied_to is None)
-    ):
+    has_own = head is not None and (isinstance(head, LoRAHead) or head.tied_to is None)
+    if not model.config.tie_word_embeddings or (has_own and "lm_head.weight" not in model.copies):
         config["tie_word_embeddings"] = False
     return config
 
