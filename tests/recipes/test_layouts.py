@@ -22,6 +22,9 @@ LAYOUTS = {
     "hsdp": (2, ["data_parallel_replicate_dim=2"]),
     "tp2": (2, ["tensor_parallel_dim=2"]),
     "cp2": (2, ["context_parallel_dim=2"]),
+    "pp2": (2, ["pipeline_parallel_dim=2"]),
+    "dp2 x pp2": (4, ["pipeline_parallel_dim=2"]),
+    "tp2 x pp2": (4, ["pipeline_parallel_dim=2", "tensor_parallel_dim=2"]),
     "dp2 x tp2": (4, ["tensor_parallel_dim=2"]),
     "dp2 x cp2": (4, ["context_parallel_dim=2"]),
     "tp2 x cp2": (4, ["tensor_parallel_dim=2", "context_parallel_dim=2"]),
@@ -116,6 +119,11 @@ SOME = [
     ("tp2", "pretrain", "full", False, 8),
     ("cp2", "sft", "full", False, 2),
     ("cp2", "sft", "dora", True, 8),
+    ("pp2", "sft", "full", False, 2),
+    ("pp2", "sft", "dora", True, 4),
+    ("pp2", "pretrain", "full", True, 1),
+    ("dp2 x pp2", "sft", "lora", True, 2),
+    ("tp2 x pp2", "pretrain", "full", True, 4),
     ("dp2 x tp2", "sft", "dora", False, 2),
     ("dp2 x cp2", "pretrain", "full", True, 1),
 ]
@@ -149,12 +157,12 @@ def test_quantized_blocks_are_the_same_under_tensor_parallelism(layout, runs, tm
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_run_that_changes_its_layout_goes_on(optimizer, runs, tmp_path, tiny_model, chat_file, text_folder):
-    """Optimizer, schedule and data position go along: 2 -> 1 -> tp -> cp, a stream among them."""
+    """Optimizer, schedule and data position go along: dp -> 1 -> tp -> pp, a stream among them."""
     words = words_of("sft", "full", True, tiny_model, chat_file, text_folder)
     words += ["batch_size=1", "optimizer.type=" + optimizer, "optimizer.lr=1e-3", "dataset.streaming=true"]
     words += ["optimizer.eps=1e-3"] if optimizer == "adamw" else []
     expected = runs.one([*words, "max_steps=8"])
-    for steps, layout in enumerate(["dp2", "one", "tp2", "cp2"], 1):
+    for steps, layout in enumerate(["dp2", "one", "tp2", "pp2"], 1):
         found = train([*words, f"max_steps={2 * steps}", "resume_from_checkpoint=true"], tmp_path / "run", layout)
     # Muon's iterations run in bfloat16: a sum in another order may round to the next number there.
     assert_same(found, expected, 1e-5 if optimizer == "adamw" else 3e-3)
