@@ -321,7 +321,8 @@ def _function(path: str) -> Any:
     module_name, _, name = path.rpartition(":" if ".py:" in path else ".")
     try:
         if module_name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+            file = Path(module_name).expanduser()
+            spec = importlib.util.spec_from_file_location(file.stem, file)
             assert spec and spec.loader
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)

@@ -107,6 +107,20 @@ _MUST_BE = {
             lambda value: isinstance(value, dict),
             "rope_scaling rope_parameters full_attention sliding_attention text_config",
         ),
+        # Of adapter_config.json:
+        ("a whole number above 0", lambda value: _is_whole(value) and value > 0, "r"),
+        ("a number", _is_number, "lora_alpha"),
+        (
+            "an object of whole numbers",
+            lambda value: isinstance(value, dict) and all(map(_is_whole, value.values())),
+            "rank_pattern",
+        ),
+        (
+            "an object of numbers",
+            lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+            "alpha_pattern",
+        ),
+        ("text", _is_text, "base_model_name_or_path"),
     )
     for key in keys.split()
 }
@@ -119,6 +133,13 @@ def checked(key: str, value: Any, where: str = "config.json") -> Any:
     if not is_right(value):
         raise UserError(f"{where}: `{key}` is {_shorten(value)}, and must be {words}")
     return value
+
+
+def check_known(content: dict[str, Any], where: str = "config.json") -> None:
+    """Raise UserError for the first value that is not what its key, where we know it, must be; null stands for none."""
+    for key, value in content.items():
+        if key in _MUST_BE and value is not None:
+            checked(key, value, where)
 
 
 class ConfigJson:
@@ -263,8 +284,7 @@ def rope_config(
     transformers, where the two together with a stretched rope fail: there it is refused.
     """
     own = {key: value for key, value in parameters.items() if value is not None}
-    for key in own.keys() & _MUST_BE.keys():
-        checked(key, own[key])
+    check_known(own)
     kind = own.get("rope_type") or own.get("type") or "default"
     kind = (aliases or {}).get(kind, kind)
     if kind not in _ROPE_KINDS:
