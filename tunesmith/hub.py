@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -157,6 +158,14 @@ def download_from_kaggle(handle: str) -> Path:
         ) from error
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file} of an index of weight files. Raises UserError where it is damaged."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: damaged (no weight_map can be read); download it again")
+    return weight_map
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; UserError where it is missing, damaged or no object."""
     path = Path(path)
@@ -171,3 +180,25 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; download it again")
     return content
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """A digest that tells model folders apart without reading them whole: configuration, tensor tables, file sizes, and the ends of each file."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [
+            *folder.glob("*.safetensors"),
+            *folder.glob("*.pth"),
+            *folder.glob("pytorch_model*.bin"),
+            folder / "config.json",
+        ]
+    ):
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]

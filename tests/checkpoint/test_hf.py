@@ -235,7 +235,9 @@ def test_broken_index(tmp_path):
     path.write_text(json.dumps(index))
     fails(tmp_path, "model.other.weight", first, "which it does not")
     path.write_text("{")
-    fails(tmp_path, "is no index of weight files")
+    fails(tmp_path, str(path), "not valid JSON")
+    path.write_text('{"weight_map": {"a": 3}}')
+    fails(tmp_path, str(path), "no weight_map can be read")
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1, -4000])

@@ -16,6 +16,7 @@ from tunesmith.checkpoint.check import TOLERANCES, check_logits, probe_logits
 from tunesmith.checkpoint.hf import SavesFiles, explain_full_disk, outgoing, save_tokenizer, staged
 from tunesmith.checkpoint.tensor_files import StoredTensor, read_tensor_file, write_tensors, write_text
 from tunesmith.errors import UserError
+from tunesmith.models.config_json import check_known
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.lora import (
     ADAPTER_PARAMETERS,
@@ -70,6 +71,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(f"{path} describes an adapter of type {kind}; only LORA (with DoRA and rsLoRA) is understood")
+    check_known(config, str(path))
     for key, unused in _NOT_UNDERSTOOD.items():
         if config.get(key) not in unused:
             raise UserError(
