@@ -178,3 +178,12 @@ def test_durations():
         "1:02:03",
         "2 d 3 h",
     ]
+
+
+def test_work_is_shown_where_it_says_something(clock):
+    stream = io.StringIO()
+    progress = Progress(2, stream=stream)
+    progress.update(1, {"loss": 1.0, "tflops_per_device": 0.002})
+    progress.update(2, {"tflops_per_device": 412.3, "mfu": 0.4169})
+    first, second = stream.getvalue().splitlines()
+    assert "FLOP" not in first and "412 TFLOP/s  MFU 41.7%" in second
