@@ -104,6 +104,8 @@ class AdamW(_HasRate):
     """Added to the denominator for stability."""
     fused: bool = True
     """One kernel for all parameters; the fastest choice on CPU and GPU."""
+    state_dtype: Literal["bf16", "fp32"] | None = None
+    """Number type in which the running averages are kept, null: the parameter's; bf16 halves their memory over fp32 weights (with betas up to 0.99, smaller changes round away)."""
 
 
 @section

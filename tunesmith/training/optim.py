@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from tunesmith.errors import UserError, require
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.parallel.gradients import norm_over, sum_partial
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.training.adamw import AdamWithStateDtype
 from tunesmith.training.schedule import lr_factor
 
 Parameters = list[tuple[str, nn.Parameter]]
 
 _SMALLEST_LOSS_SCALE = 2.0**-10
+_STATE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Optimizer:
@@ -205,7 +208,8 @@ class Optimizer:
                     name = self._name_of[id(parameter)]
                     if name in saved:
                         state = _put_together(name, tensors, values)
-                        optimizer.state[parameter] = {k: _place(k, v, parameter, fused) for k, v in state.items()}
+                        state = {k: _place(k, v, parameter, fused) for k, v in state.items()}
+                        optimizer.state[parameter] = _as_asked(optimizer, parameter, state)
 
     def _own_slot(self, slot: str) -> str:
         """The name of what each rank keeps for itself."""
@@ -334,17 +338,25 @@ def _place(key: str | int, value: Any, parameter: Tensor, fused: bool) -> Any:
     return value if key == "step" and not fused else value.to(parameter.device)
 
 
+def _as_asked(optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """AdamW's averages in the number type that is asked for now; they may have been saved in another."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return state
+    dtype = getattr(optimizer, "state_dtype", parameter.dtype)
+    return {key: value.to(dtype) if key.startswith("exp_avg") else value for key, value in state.items()}
+
+
 # --- optimizers by name ------------------------------------------------------------------------------
 
 
 def build_optimizers(parameters: Parameters, config: shared.Optimizer) -> list[torch.optim.Optimizer]:
     """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes."""
     if isinstance(config, shared.AdamW):
-        return [
-            torch.optim.AdamW(
-                _groups(parameters, config.weight_decay), config.lr, config.betas, config.eps, fused=config.fused
-            )
-        ]
+        kind = torch.optim.AdamW
+        if config.state_dtype is not None:
+            kind = partial(AdamWithStateDtype, state_dtype=_STATE_DTYPES[config.state_dtype])
+        groups = _groups(parameters, config.weight_decay)
+        return [kind(groups, config.lr, config.betas, config.eps, fused=config.fused)]
     if isinstance(config, shared.AdamW8bit):
         torchao_optim = require("torchao.optim", "torchao", "`optimizer.type: adamw_8bit`")
         return [torchao_optim.AdamW8bit(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps)]
