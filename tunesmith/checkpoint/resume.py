@@ -292,6 +292,7 @@ def fingerprint_folder(folder: Path) -> str:
             *folder.glob("*.safetensors"),
             *folder.glob("*.pth"),
             *folder.glob("pytorch_model*.bin"),
+            *folder.glob("*.distcp"),
             folder / "config.json",
         ]
     ):
