@@ -28,8 +28,6 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "8B QLoRA, activations recomputed": ("llama3_1/8B", "QLoRA", ["batch_size=4", *CHECKPOINTED]),
 }
 TINY = "{num_hidden_layers: 2, hidden_size: 128, intermediate_size: 256, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 32, vocab_size: 8192}"
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362, "RTX 4090": 165}
-"""Dense bf16, as the makers state it."""
 
 
 def measure(folder: Path, options: Options) -> list[Table]:
@@ -56,9 +54,8 @@ def measure(folder: Path, options: Options) -> list[Table]:
             one.named("step")[len(one.named("step")) // 3 :],
         )
         speed = median(step["tokens"] / step["seconds"] for step in steps)
-        tflops = speed * about["flops_per_token"] / 1e12
-        peak = next((value for name, value in PEAK_TFLOPS.items() if name in about["device"]), None)
-        share = f"{tflops / peak:.0%}" if peak else "?"
+        tflops = median(step["flops"] / step["seconds"] for step in steps) / 1e12
+        share = f"{tflops / about['peak_tflops']:.0%}" if about["peak_tflops"] else "?"
         rows.append([case, speed, tflops, share, max(step["gib"] for step in steps), first["seconds"]])
         print(f"  {case}: {speed:,.0f} tokens/s, {tflops:.0f} TFLOP/s, {rows[-1][4]:.1f} GiB", flush=True)
     headers = ["", "tokens/s", "model TFLOP/s", "of peak", "peak GiB", "first step s"]
@@ -75,6 +72,7 @@ def train(words: list[str], steps: int) -> None:
     from tunesmith.parallel.device import device_name, peak_memory_gib, pick_device, reset_peak_memory, synchronize
     from tunesmith.parallel.mesh import start_mesh
     from tunesmith.training.build import find_model
+    from tunesmith.training.flops import peak_tflops, training_flops
     from tunesmith.training.optim import build_optimizer
     from tunesmith.training.step import train_step
 
@@ -89,7 +87,8 @@ def train(words: list[str], steps: int) -> None:
     data = text_batches(config, tokenizer, mesh, max_seq_len=config.tokenizer.max_seq_len)
     model = random_model(config, source, mesh)
     optimizer = build_optimizer(model, config, steps, mesh)
-    mark("model", device=device_name(mesh.device), flops_per_token=flops_per_token(model, config.tokenizer.max_seq_len))
+    flops = training_flops(model)
+    mark("model", device=device_name(mesh.device), peak_tflops=peak_tflops(mesh.device, config.dtype))
 
     def loss(head, hidden, batch):
         return {"loss": (head.cross_entropy(hidden, batch.labels, config.loss.chunk_size), "tokens")}
@@ -101,7 +100,15 @@ def train(words: list[str], steps: int) -> None:
         stats = train_step(model, optimizer, batches, loss, mesh, step)
         synchronize(mesh.device)
         seconds = time.perf_counter() - started
-        mark("step", seconds=seconds, tokens=stats.num_tokens, loss=stats.loss, gib=peak_memory_gib(mesh.device))
+        cost = flops.of_step(stats.num_tokens, stats.num_trained, stats.num_seen)
+        mark(
+            "step",
+            seconds=seconds,
+            tokens=stats.num_tokens,
+            flops=cost,
+            loss=stats.loss,
+            gib=peak_memory_gib(mesh.device),
+        )
 
 
 def random_model(config, source, mesh):
@@ -138,29 +145,6 @@ def random_model(config, source, mesh):
         reset_adapters(model, 0)
         freeze_base(model)
     return model.train()
-
-
-def flops_per_token(model, length: int) -> float:
-    """Of the method as such: products of matrices forward and backward, those of frozen weights without their own gradient.
-
-    Recomputation is not counted, nor are attention's scores, which depend on how long the documents are.
-    """
-    from tunesmith.nn.quantize import NF4Linear
-
-    frozen = trained = 0
-    for name, module in model.named_modules():
-        if isinstance(module, NF4Linear):
-            frozen += module.in_features * module.out_features
-        for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 2 and parameter.is_floating_point() and not name.endswith("embed_tokens"):
-                frozen, trained = frozen + parameter.numel() * (not parameter.requires_grad), trained + parameter.numel() * parameter.requires_grad  # fmt: skip
-    if model.lm_head.tied_to is not None:
-        matrix = model.lm_head.tied_to.weight
-        frozen, trained = (
-            frozen + matrix.numel() * (not matrix.requires_grad),
-            trained + matrix.numel() * matrix.requires_grad,
-        )
-    return 4.0 * frozen + 6.0 * trained
 
 
 if __name__ == "__main__":

@@ -47,6 +47,13 @@ def load(words: list[str], *, partial: bool = False) -> Loaded:
     return _Loading(words).load(partial)
 
 
+def load_settings(recipe: str, settings: Node) -> Any:
+    """The checked config that settings read from another program's file make; what they lack stays open (REQUIRED)."""
+    loading = _Loading([recipe])
+    loading.layers.append(settings)
+    return loading.load(partial=True).config
+
+
 def run(config: Any) -> None:
     """Run the recipe of a config in this process, as `tune run` does."""
     import importlib
@@ -145,9 +152,13 @@ class _Loading:
             self.changes.append((keys, layers.parse_value(text, place), place))
 
     def _named(self, word: str, order: int) -> None:
-        """A config file, or the name of a config of torchtune."""
+        """A config file, the name of a config of torchtune or, for pre-training, a named size: the model to train from scratch."""
         path = Path(word).expanduser()
-        if not path.is_file() and _is_torchtune_config(word):
+        if not path.is_file() and self.recipe == "pretrain" and _is_size_name(word):
+            self.changes.insert(
+                0, (["model"], Node(word, Place(order, "command line"), word), Place(order, "command line"))
+            )
+        elif not path.is_file() and _is_torchtune_config(word):
             self.named_configs.append((Place(order, "command line"), word))
         elif word.endswith(YAML_ENDINGS) or path.is_file():
             self._file(path, order)
@@ -346,6 +357,12 @@ def _is_torchtune_config(word: str) -> bool:
     from tunesmith.configs.torchtune_names import is_config_name
 
     return is_config_name(word)
+
+
+def _is_size_name(word: str) -> bool:
+    from tunesmith.configs.torchtune_names import is_size_name
+
+    return is_size_name(word)
 
 
 def _has_component(node: Node) -> bool:

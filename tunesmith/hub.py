@@ -189,6 +189,7 @@ def fingerprint_folder(folder: Path) -> str:
         [
             *folder.glob("*.safetensors"),
             *folder.glob("*.pth"),
+            *folder.glob("*.distcp"),
             *folder.glob("pytorch_model*.bin"),
             folder / "config.json",
         ]

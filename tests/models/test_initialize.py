@@ -3,6 +3,7 @@
 import torch
 
 from tests.models.conftest import build_empty, config_json, make_reference
+from tunesmith.models import families
 from tunesmith.models.initialize import initialize, initialize_parameter
 
 
@@ -28,7 +29,8 @@ def test_every_parameter_is_drawn_by_its_own_name(case):
     assert not torch.equal(first, again)
 
 
-def test_norms_start_as_in_transformers(case):
+def test_weights_start_as_in_transformers(case):
+    """Each parameter by itself: so a depth-scaled start of some of them would show."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     hf = config_json(make_reference(case))
@@ -41,3 +43,14 @@ def test_norms_start_as_in_transformers(case):
     for name, parameter in fresh.named_parameters():
         if "norm" in name or name.endswith("bias"):
             assert torch.equal(ours[name], parameter), name
+        else:
+            assert abs(ours[name].std() / parameter.std() - 1) < 0.1, name
+
+
+def test_named_sizes_start_with_the_spread_that_transformers_reads():
+    from transformers import AutoConfig
+
+    for name, (family, hf, _) in families.named_sizes().items():
+        theirs = AutoConfig.for_model(**{key: value for key, value in hf.items() if key != "architectures"})
+        spread = theirs.get_text_config().initializer_range
+        assert family.read_config(family.text_config(hf)).initializer_range == spread, name

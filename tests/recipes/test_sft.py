@@ -25,7 +25,7 @@ WEIGHTS = {
     "qlora": ["+qlora"],
 }
 NEW_TOKENS = f"[{','.join(f'<new{i}>' for i in range(80))}]"  # more than the spare rows of the embedding
-VARYING = {"tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib"}
+VARYING = {"tokens_per_second", "tflops_per_device", "step_seconds", "data_seconds", "peak_memory_gib"}
 
 
 def words(folder, tiny_model, chat_file, *more, recipe="sft"):

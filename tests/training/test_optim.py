@@ -52,6 +52,8 @@ class Nests(torch.optim.Optimizer):
 OPTIMIZERS = [
     shared.AdamW(lr=1e-2, weight_decay=0.1),
     shared.AdamW(lr=1e-2, fused=False),
+    shared.AdamW(lr=1e-2, betas=(0.9, 0.95), state_dtype="bf16"),
+    shared.AdamW(lr=1e-2, fused=False, state_dtype="bf16"),
     shared.SGD(lr=1e-2, momentum=0.9),
     shared.Adafactor(lr=1e-2),
     shared.Muon(lr=1e-2),
@@ -79,8 +81,12 @@ def run(model, optimizer, steps):
         optimizer.step(finite_loss=True)
 
 
+def _name(config):
+    return "-".join(str(getattr(config, key)) for key in ("type", "fused", "state_dtype") if hasattr(config, key))
+
+
 @pytest.mark.parametrize("in_backward", [False, True])
-@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda config: f"{config.type}-{getattr(config, 'fused', '')}")
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=_name)
 @torch.compiler.set_stance("force_eager")  # torchao would compile its step for half a minute
 def test_state_round_trip_continues_to_the_bit(config, in_backward, tmp_path):
     settings = TrainSettings(dtype="fp32", optimizer=config, optimizer_in_bwd=in_backward, lr_scheduler=shared.Cosine())
@@ -161,3 +167,53 @@ def test_muon_is_torchs():
             one.zero_grad()
     for a, b in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def trained(state_dtype=None, dtype=torch.float32, steps=6, **more):
+    model = network().to(dtype)
+    config = shared.AdamW(lr=1e-2, weight_decay=0.1, state_dtype=state_dtype, **more)
+    optimizer = build_optimizer(
+        model, TrainSettings(dtype="fp32", optimizer=config), steps, start_mesh(torch.device("cpu"))
+    )
+    for step in range(1, steps + 1):
+        optimizer.set_step(step)
+        inputs = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
+        model(inputs).square().mean().backward()
+        optimizer.step(finite_loss=True)
+    return model, optimizer._optimizers[0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_states_of_their_own_number_type(fused):
+    plain, _ = trained(fused=fused)
+    same, _ = trained("fp32", fused=fused)
+    assert torch.equal(plain[0].weight, same[0].weight)  # the very numbers of torch's AdamW
+    rounded, optimizer = trained("bf16", fused=fused)
+    assert {tensor.dtype for tensor in optimizer.state[rounded[0].weight].values()} == {torch.float32, torch.bfloat16}
+    assert rounded[0].weight.dtype == torch.float32
+    change = (plain[0].weight - network()[0].weight).norm()
+    assert 0 < (rounded[0].weight - plain[0].weight).norm() < 0.01 * change
+
+
+def test_float32_states_under_bfloat16_weights():
+    model, optimizer = trained("fp32", torch.bfloat16)
+    state = optimizer.state[model[0].weight]
+    assert (
+        model[0].weight.dtype == torch.bfloat16 and state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "bf16"), ("bf16", None)])
+def test_another_state_dtype_after_a_resume(tmp_path, before, after):
+    settings = [
+        TrainSettings(dtype="fp32", optimizer=shared.AdamW(lr=1e-2, state_dtype=dtype)) for dtype in (before, after)
+    ]
+    model = network()
+    first, second = (build_optimizer(model, one, 6, start_mesh(torch.device("cpu"))) for one in settings)
+    run(model, first, range(1, 4))
+    tensors, values = first.state()
+    write_tensors(tensors, tmp_path, "optimizer")
+    second.load_state(read_stem(tmp_path, "optimizer"), values)
+    run(model, second, range(4, 7))
+    averages = second._optimizers[0].state[model[0].weight]
+    assert averages["exp_avg"].dtype == (torch.bfloat16 if after else torch.float32) and averages["step"] == 6

@@ -189,3 +189,12 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
             progress.update(step, {"loss": 1.0})
             progress.note("a line")
         progress.close()
+
+
+def test_work_is_shown_where_it_says_something(clock):
+    stream = io.StringIO()
+    progress = Progress(2, stream=stream)
+    progress.update(1, {"loss": 1.0, "tflops_per_device": 0.002})
+    progress.update(2, {"tflops_per_device": 412.3, "mfu": 0.4169})
+    first, second = stream.getvalue().splitlines()
+    assert "FLOP" not in first and "412 TFLOP/s  MFU 41.7%" in second

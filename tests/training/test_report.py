@@ -207,3 +207,18 @@ def test_numbers_read_well():
     assert [format_number(value) for value in values] == [
         "0", "2.347", "1.2e-4", "2e-5", "1.5e-4", "999.9", "12,345", "1.2M", "410M", "3B", "50T", "0.05", "not finite",
     ]  # fmt: skip
+
+
+def test_work_and_waiting_are_told(tmp_path):
+    rows = [row(step, tflops_per_device=400.0, mfu=0.4045, data_seconds=0.025) for step in range(1, 4)]
+    text = write_run(tmp_path / "run", rows)
+    for told in (
+        "Model FLOP/s of a device",
+        "400 TFLOP/s",
+        "MFU 40.5%",
+        "Waiting for data",
+        "5.0%",
+        "of the time in steps",
+    ):
+        assert told in text, told
+    assert "MFU" not in write_run(tmp_path / "other", [row(1, tflops_per_device=0.2)])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.checkpoint import meta
+from tunesmith.checkpoint import dcp, meta
 from tunesmith.checkpoint.tensor_files import StoredTensor, read_index, read_tensor_file
 from tunesmith.errors import UserError
 from tunesmith.models import families
@@ -26,7 +26,7 @@ from tunesmith.nn.quantize import BLOCK_SIZE, NF4Linear, quantize_nf4
 
 
 def read_model_config(folder: str | Path) -> tuple[dict[str, Any], Family, DecoderConfig]:
-    """Content of config.json, family and shape of the model in `folder`, in Hugging Face's layout or Meta's.
+    """Content of config.json, family and shape of the model in `folder`, in Hugging Face's layout, Meta's or torchtitan's.
 
     Where config.json doesn't say the number type, that of the files is filled in. Raises UserError as `models.families.model_config`.
     """
@@ -34,6 +34,10 @@ def read_model_config(folder: str | Path) -> tuple[dict[str, Any], Family, Decod
     if meta.is_meta_folder(folder):
         hf_config = meta.read_config(folder)
         family = families.find_family(hf_config, str(folder / "params.json"))
+        return hf_config, family, family.read_config(hf_config)
+    if dcp.is_dcp_folder(folder) and not (folder / "config.json").is_file():
+        hf_config = dcp.read_config(folder)
+        family = families.find_family(hf_config, str(folder / dcp.TABLE))
         return hf_config, family, family.read_config(hf_config)
     hf_config, family, config = families.model_config(folder)
     if not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
@@ -55,7 +59,7 @@ def stated_dtype(hf_config: Mapping[str, Any]) -> torch.dtype:
 
 def find_weights(folder: Path) -> dict[str, StoredTensor]:
     """{name in the files: tensor, not read yet} of a model folder: safetensors (one file or shards with an index), PyTorch's
-    .bin without safetensors, or Meta's consolidated.*.pth. Raises UserError for a missing or broken file, named.
+    .bin without safetensors, Meta's consolidated.*.pth, or a distributed checkpoint. Raises UserError for a missing or broken file, named.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder")
@@ -66,6 +70,9 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
             return read_index(folder / f"{stem}.index.json")
     if meta.is_meta_folder(folder):
         return meta.read_weights(folder)
+    if dcp.is_dcp_folder(folder):
+        has_own = (folder / "config.json").is_file()
+        return dcp.read_weights(folder, families.model_config(folder)[0] if has_own else dcp.read_config(folder))
     raise UserError(
         f"{folder} holds no weights: it needs model.safetensors, or model.safetensors.index.json and the files it names"
     )

@@ -133,7 +133,7 @@ def read_weights(folder: str | Path) -> dict[str, StoredTensor]:
     for name in shards[0]:
         if name == "rope.freqs":
             continue
-        target = _hf_name(name, path)
+        target = hf_name(name, path)
         pieces = [shard[name] for shard in shards]
         dim = _cut_along(name, pieces, params["dim"])
         shape = list(pieces[0].shape)
@@ -162,7 +162,8 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, pairs, 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def _hf_name(name: str, path: Path) -> str:
+def hf_name(name: str, path: Path) -> str:
+    """Hugging Face's name of a tensor that Meta (and torchtitan) calls `name`. Raises UserError for one that no Llama has."""
     for pattern, replacement in _NAMES.items():
         if found := re.fullmatch(pattern, name):
             return found.expand(replacement)

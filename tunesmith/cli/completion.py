@@ -63,6 +63,7 @@ OPTIONS = {
     "cp": ["--config", "--no-clobber", "--make-parents", "--help"],
     "cat": ["--config", "--schema", "--sort", "--help"],
     "validate": ["--config", "--help"],
+    "import": ["--help"],
     "download": "--output-dir --hf-token --ignore-patterns --allow-patterns --tokenizer-only --revision --source --help".split(),
     "completion": ["bash", "zsh", "--help"],
 }

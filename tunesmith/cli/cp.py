@@ -67,7 +67,7 @@ def _source_and_target(words: list[str]) -> tuple[list[str], Path]:
 def _copy_config(sources: list[str], target: Path) -> str:
     config = load(sources, partial=True).config
     header = f"Written by `tune cp {' '.join(sources)}`; run it with `tune run {target}`."
-    _write(target, dump(config, header=header.replace("\n", " ")))
+    write_file(target, dump(config, header=header.replace("\n", " ")))
     missing = unfilled(config)
     return f"; fill in {', '.join(missing)} before you run it" if missing else ""
 
@@ -81,11 +81,12 @@ def _copy_source(sources: list[str], target: Path) -> str:
 
     recipe = find_recipe(recipe_for(sources[0]) or sources[0])
     source = Path(__file__).parents[1] / "recipes" / f"{recipe.module.rpartition('.')[2]}.py"
-    _write(target, source.read_text(encoding="utf-8"))
+    write_file(target, source.read_text(encoding="utf-8"))
     return ""
 
 
-def _write(target: Path, text: str) -> None:
+def write_file(target: Path, text: str) -> None:
+    """Write a file of the user's, whole or not at all. Raises UserError where it can't be written."""
     if not target.parent.is_dir():
         raise UserError(f"{target}: the folder {target.parent} does not exist; make it, or add --make-parents")
     partial = target.with_name(f".{target.name}.partial")

@@ -15,6 +15,7 @@ VERBS = {
     "cp": "write a complete config, or a recipe's source, to make your own",
     "cat": "print a complete config, or its JSON Schema",
     "validate": "check everything that can be checked before a run starts",
+    "import": "turn a training config of torchtitan into one of ours",
     "download": "fetch a model from the Hugging Face Hub or Kaggle",
     "completion": "print a script that completes `tune` in bash or zsh",
 }
@@ -86,7 +87,8 @@ def find_verb(verb: str) -> Callable[[list[str]], int | None]:
         if verb in RECIPES:
             raise UserError(f"`{verb}` is a recipe: write `tune run {verb} …`")
         raise UserError(f"`tune` has no verb `{verb}`{did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
-    return importlib.import_module(f"tunesmith.cli.{verb}").main
+    module = "import_" if verb == "import" else verb  # Python keeps that word for itself
+    return importlib.import_module(f"tunesmith.cli.{module}").main
 
 
 def _close_stdout() -> None:

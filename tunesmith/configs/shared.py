@@ -105,6 +105,8 @@ class AdamW(_HasRate):
     """Added to the denominator for stability."""
     fused: bool = True
     """One kernel for all parameters; the fastest choice on CPU and GPU."""
+    state_dtype: Literal["bf16", "fp32"] | None = None
+    """Number type in which the running averages are kept, null: the parameter's; bf16 halves their memory over fp32 weights (with betas up to 0.99, smaller changes round away)."""
 
 
 @section
@@ -325,8 +327,8 @@ MetricLogger = Disk | TensorBoard | WandB | Comet | MLflow | ThirdPartyLogger
 
 
 @section
-class Profiler:
-    """torch.profiler traces of a few steps, into profile/ in the run folder."""
+class Profiler(Checked):
+    """torch.profiler traces of a few steps, and snapshots of an accelerator's memory, into profile/ in the run folder."""
 
     enabled: bool = False
     """Record traces (slows the recorded steps)."""
@@ -344,6 +346,17 @@ class Profiler:
     """Record the Python stack of every operator."""
     record_shapes: bool = True
     """Record the shapes of every operator's inputs."""
+    memory_snapshot_every_n_steps: int | None = None
+    """Snapshots of what an accelerator's memory holds and who asked for it (for pytorch.org/memory_viz) this often, and when it runs out; null: none."""
+    ranks: list[int] | None = None
+    """Ranks that record, such as [0]; null: all, each under its own name."""
+
+    def problems(self):
+        counts = ("active_steps", "num_cycles", "memory_snapshot_every_n_steps")
+        yield from below(1, self, *counts)
+        yield from below(0, self, "wait_steps", "warmup_steps")
+        if any(rank < 0 for rank in self.ranks or []):
+            yield f"`ranks` are counted from 0, got {self.ranks}"
 
 
 # --- what every training method has --------------------------------------------------------------
@@ -452,12 +465,14 @@ class TrainSettings(RunSettings):
     """Write checkpoints in the background while training goes on."""
     log_every_n_steps: int = 1
     """Write metrics this often."""
+    gc_every_n_steps: int | None = None
+    """Collect Python's garbage only after every n-th step, on all ranks at once, so that none waits for another's collection; null: when Python likes."""
     log_peak_memory_stats: bool = True
     """Log the peak memory of each logged step."""
     metric_logger: MetricLogger = field(default_factory=Disk)
     """Where metrics go besides metrics.jsonl."""
     profiler: Profiler = field(default_factory=Profiler)
-    """torch.profiler traces of a few steps."""
+    """torch.profiler traces of a few steps, and snapshots of memory."""
     run_val_every_n_steps: int | None = None
     """Compute the validation loss this often, and at the end; null: only at the end, if there is validation data."""
     max_val_steps: int | None = None
@@ -498,7 +513,7 @@ class TrainSettings(RunSettings):
     def problems(self):
         yield from super().problems()
         counts = "batch_size batch_size_val gradient_accumulation_steps global_batch_size epochs max_steps max_steps_per_epoch log_every_n_steps"
-        more = "save_every_n_steps keep_last_n_checkpoints run_val_every_n_steps max_val_steps data_parallel_replicate_dim tensor_parallel_dim"
+        more = "save_every_n_steps keep_last_n_checkpoints run_val_every_n_steps max_val_steps data_parallel_replicate_dim tensor_parallel_dim gc_every_n_steps"
         dims = "context_parallel_dim pipeline_parallel_dim expert_parallel_dim"
         yield from below(1, self, *counts.split(), *more.split(), *dims.split())
         yield from below(0, self, "seed")

@@ -116,6 +116,16 @@ def is_config_name(name: str) -> bool:
     return family in MODELS_NOT_THERE or any(model.startswith(f"{family}/") for model in MODELS)
 
 
+def is_size_name(name: str) -> bool:
+    """Whether a name such as llama3/8B is a model's alone: no config of torchtune's, which also says how it is trained."""
+    family, _, size = name.partition("/")
+    return (
+        bool(re.fullmatch(r"[\w.]+/[\w.]+", name))
+        and not re.fullmatch(_CONFIG, size)
+        and not name.endswith((".yaml", ".yml", ".py", ".toml"))
+    )
+
+
 def method_not_there(name: str) -> str | None:
     """The method that a recipe or config stands for, if we have not got it yet."""
     return next((method for part, method in METHODS_NOT_THERE.items() if part in bare(name).rpartition("/")[2]), None)

@@ -40,6 +40,11 @@ class Batch:
         """Tokens processed, padding included."""
         return self.input_ids.numel()
 
+    def num_seen(self, window: int | None = None) -> int:
+        """Pairs (token, token of the same document it sees, itself included) under a causal mask with this window."""
+        seen = self.positions + 1 if window is None else (self.positions + 1).clamp(max=window)
+        return int((seen if self.documents is None else seen * (self.documents >= 0)).sum())
+
     def padded_to(self, length: int) -> Batch:
         """The same rows, `length` tokens long: behind them stands padding, which has no loss."""
         more = length - self.input_ids.shape[1]

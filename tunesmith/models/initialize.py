@@ -27,7 +27,9 @@ def initialize(model: CausalLM, seed: int) -> None:
 def initialize_parameter(model: CausalLM, name: str, tensor: Tensor, seed: int, drawn_as: str | None = None) -> None:
     """Fill one whole tensor as the parameter `name` would be from scratch.
 
-    Matrices and embeddings are normal with the config's initializer_range, biases 0, norms neutral. The numbers depend
+    Matrices and embeddings are normal with the config's initializer_range, biases 0, norms neutral: what transformers does
+    for every family here (none of them scales by depth, as torchtitan's Llama 3 does). Only the row of a padding token,
+    which transformers sets to 0 and never trains, is a row like the others. The numbers depend
     on the seed, the name and the shape alone. A loader that lacks some rows fills a tensor of the parameter's shape
     and takes those rows from it. drawn_as: the parameter that this one is a copy of.
     """

@@ -87,6 +87,20 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.accelerator.reset_peak_memory_stats(device)
 
 
+def memory_counts(device: torch.device) -> dict[str, float]:
+    """What the device's allocator counted besides `peak_memory_gib`: peaks in GiB since the last reset, and how often in
+    all it had to try again or ran out of memory. Empty where the device keeps no such counts."""
+    if device.type in ("cpu", "mps"):
+        return {}
+    counts = torch.accelerator.memory_stats(device)
+    return {
+        "peak_active_memory_gib": counts.get("active_bytes.all.peak", 0) / _GIB,
+        "peak_reserved_memory_gib": counts.get("reserved_bytes.all.peak", 0) / _GIB,
+        "num_alloc_retries": counts.get("num_alloc_retries", 0),
+        "num_ooms": counts.get("num_ooms", 0),
+    }
+
+
 def total_memory_gib(device: torch.device) -> float:
     """Memory of the device in GiB."""
     if device.type == "cpu":
@@ -94,6 +108,23 @@ def total_memory_gib(device: torch.device) -> float:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() / _GIB
     return torch.accelerator.get_memory_info(device)[1] / _GIB
+
+
+def start_memory_history(device: torch.device) -> bool:
+    """Let the allocator remember who asked for what; False where the device can't (all but CUDA and ROCm)."""
+    if device.type != "cuda":
+        return False
+    torch.cuda.memory._record_memory_history(max_entries=100_000)
+    return True
+
+
+def write_memory_snapshot(path: Path) -> None:
+    """Write what memory holds and its history, for https://pytorch.org/memory_viz; the history goes on."""
+    torch.cuda.memory._dump_snapshot(str(path))
+
+
+def stop_memory_history() -> None:
+    torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""Export: an adapter merged into its base, or a model in another number type or cut into other shards.
+"""Export: an adapter merged into its base, or a model in another number type, cut into other shards, or from torchtitan's layout.
 
     tune run export model=run/checkpoints/step-00000100 output_dir=merged       an adapter and the base it names
     tune run export model=Qwen/Qwen3-0.6B dtype=fp32 max_shard_size=500MB output_dir=out
+    tune run export model=outputs/checkpoint/step-1000 output_dir=llama           a checkpoint of torchtitan (DCP)
 
 What is written is read back, and its logits compared with those of the model in memory.
 """

@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.parallel.gradients import norm_over, sum_partial
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.whole import Wholes
+from tunesmith.training.adamw import AdamWithStateDtype
 from tunesmith.training.muon import Muon
 from tunesmith.training.schedule import lr_factor
 
 Parameters = list[tuple[str, nn.Parameter]]
 
 _SMALLEST_LOSS_SCALE = 2.0**-10
+_STATE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Optimizer:
@@ -231,7 +233,8 @@ class Optimizer:
                             for slot in slots.get(original, ())
                         }
                         state = _put_together(original, own, values)
-                        optimizer.state[parameter] = {k: _place(k, v, parameter, fused) for k, v in state.items()}
+                        state = {k: _place(k, v, parameter, fused) for k, v in state.items()}
+                        optimizer.state[parameter] = _as_asked(optimizer, parameter, state)
 
     def _own_slot(self, slot: str) -> str:
         """The name of what each rank keeps for itself."""
@@ -360,6 +363,14 @@ def _place(key: str | int, value: Any, parameter: Tensor, fused: bool) -> Any:
     return value if key == "step" and not fused else value.to(parameter.device)
 
 
+def _as_asked(optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """AdamW's averages in the number type that is asked for now; they may have been saved in another."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return state
+    dtype = getattr(optimizer, "state_dtype", parameter.dtype)
+    return {key: value.to(dtype) if key.startswith("exp_avg") else value for key, value in state.items()}
+
+
 # --- optimizers by name ------------------------------------------------------------------------------
 
 
@@ -370,11 +381,11 @@ def build_optimizers(
     if not parameters:
         return []
     if isinstance(config, shared.AdamW):
-        return [
-            torch.optim.AdamW(
-                _groups(parameters, config.weight_decay), config.lr, config.betas, config.eps, fused=config.fused
-            )
-        ]
+        kind = torch.optim.AdamW
+        if config.state_dtype is not None:
+            kind = partial(AdamWithStateDtype, state_dtype=_STATE_DTYPES[config.state_dtype])
+        groups = _groups(parameters, config.weight_decay)
+        return [kind(groups, config.lr, config.betas, config.eps, fused=config.fused)]
     if isinstance(config, shared.AdamW8bit):
         torchao_optim = require("torchao.optim", "torchao", "`optimizer.type: adamw_8bit`")
         return [torchao_optim.AdamW8bit(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps)]

@@ -84,6 +84,8 @@ def _model_folder(folder: Path, weights: bool) -> Iterator[str]:
     from tunesmith.models.families import model_config
 
     if not (folder / "config.json").is_file():
+        if (folder / ".metadata").is_file():
+            return  # a distributed checkpoint, which tells its numbers when it is read
         if (folder / "original" / "params.json").is_file():
             yield f"{folder}: no config.json; Meta's weights are in {folder / 'original'}: name that folder"
         elif not (folder / "params.json").is_file():
@@ -126,10 +128,11 @@ def _weights(folder: Path) -> Iterator[str]:
 
 
 def _has_other_weights(folder: Path) -> bool:
-    """Whether there are PyTorch files, of which tensors alone are read: Hugging Face's older ones, or Meta's."""
+    """Whether there are PyTorch files, of which tensors alone are read: Hugging Face's older ones, Meta's, or a distributed checkpoint's."""
     patterns = (
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
+        ".metadata",
         "consolidated.*.pth",
         "original/consolidated.*.pth",
     )

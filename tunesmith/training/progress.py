@@ -17,7 +17,7 @@ _LINE_SHARE = 0.05
 
 
 class Progress:
-    """Shows step, loss, tokens per second, peak memory and the time left.
+    """Shows step, loss, tokens per second, TFLOP/s of a device, their share of its peak, peak memory and the time left.
 
     In a terminal one line is redrawn in place; in a pipe, in a dumb terminal or under CI (variable CI) a plain line is written for the first and the last step,
     and between them after every 5 % of the steps or 10 seconds (a minute in runs of more than ten), without control characters.
@@ -35,7 +35,7 @@ class Progress:
         self._shown_at, self._shown_step, self._line_is_open = -float("inf"), None, False
 
     def update(self, step: int, stats: Mapping[str, Any] = {}) -> None:
-        """Show that `step` is done; `stats` may hold loss, tokens_per_second and peak_memory_gib, what is missing keeps its last value."""
+        """Show that `step` is done; `stats` may hold loss, tokens_per_second, tflops_per_device, mfu and peak_memory_gib, what is missing keeps its last value."""
         if not self.enabled:
             return
         self.step = step
@@ -113,6 +113,10 @@ class Progress:
             pieces.append(f"loss {float(stats['loss']):.4f}")
         if stats.get("tokens_per_second"):
             pieces.append(f"{float(stats['tokens_per_second']):,.0f} tokens/s")
+        if (stats.get("tflops_per_device") or 0) >= 0.1:  # less is a tiny model's, where it says nothing
+            pieces.append(f"{float(stats['tflops_per_device']):,.3g} TFLOP/s")
+        if stats.get("mfu"):
+            pieces.append(f"MFU {float(stats['mfu']):.1%}")
         if stats.get("peak_memory_gib"):
             pieces.append(f"{float(stats['peak_memory_gib']):.2f} GiB")
         pieces.append(self._time_left())

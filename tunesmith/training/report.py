@@ -57,6 +57,10 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
         build_chart("Gradient norm", _curves(rows, "grad_norm", "gradient norm"), from_zero=True),
         build_chart("Throughput", _curves(rows, "tokens_per_second", "throughput"), "tokens/s", from_zero=True),
         build_chart(
+            "Model FLOP/s of a device", _curves(rows, "tflops_per_device", "model FLOP/s"), "TFLOP/s", from_zero=True
+        ),
+        build_chart("Waiting for data", _curves(rows, "data_seconds", "waiting for data"), "s", from_zero=True),
+        build_chart(
             "Peak memory", [Curve("peak memory", _series(rows, "peak_memory_gib"), "blue")], "GiB", from_zero=True
         ),
     ]
@@ -120,9 +124,24 @@ def _tiles(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         tiles.append(
             {"name": "Throughput", "value": format_number(round(statistics.median(speed))), "more": "tokens/s, median"}
         )
+    tiles += _work(rows)
     memory = [value for _, value in _finite(rows, "peak_memory_gib")]
     if memory:
         tiles.append({"name": "Peak memory", "value": f"{max(memory):.2f} GiB", "more": ""})
+    return tiles
+
+
+def _work(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Model FLOP/s of a device, with their share of its peak where that is known, and the share of the time spent waiting for data."""
+    tiles = []
+    tflops = [value for _, value in _finite(rows, "tflops_per_device")]
+    if tflops:
+        shares = [value for _, value in _finite(rows, "mfu")]
+        more = f"MFU {statistics.median(shares):.1%}" if shares else "a device, median"
+        tiles.append({"name": "Model FLOP/s", "value": f"{statistics.median(tflops):,.3g} TFLOP/s", "more": more})
+    waited, seconds = (sum(value for _, value in _finite(rows, name)) for name in ("data_seconds", "step_seconds"))
+    if waited and seconds:
+        tiles.append({"name": "Waiting for data", "value": f"{waited / seconds:.1%}", "more": "of the time in steps"})
     return tiles
 
 

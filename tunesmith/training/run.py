@@ -42,13 +42,16 @@ from tunesmith.configs.shared import LoRAWeights, TrainSettings
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
-from tunesmith.parallel.device import peak_memory_gib, pick_device, reset_peak_memory
+from tunesmith.nn.lora import freeze_base
+from tunesmith.parallel.device import memory_counts, peak_memory_gib, pick_device, reset_peak_memory
 from tunesmith.parallel.mesh import Mesh, Ranks, start_mesh, stop_mesh
 from tunesmith.training.build import Source, construct_model
+from tunesmith.training.flops import Flops, peak_tflops, training_flops
 from tunesmith.training.folder import claim, environment, unclaim
+from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.metrics import Metrics
 from tunesmith.training.preflight import check, is_restart, warn_of_another_base, warn_of_length
-from tunesmith.training.profile import profiler
+from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
 from tunesmith.training.signals import end_on_sigterm, stop_on_signal
@@ -71,7 +74,11 @@ class Run:
         self._step_taken = False
         self._total = 0
         self._data_seconds = 0.0
+        self._flops: Flops | None = None
+        self._peak_tflops = peak_tflops(mesh.device, config.dtype)
         self._step_started = time.perf_counter()
+        self._garbage = GarbageCollection(config.gc_every_n_steps)
+        self.memory_snapshots = MemorySnapshots(config.profiler, folder, mesh.rank, mesh.device)
         self._progress = Progress(None, enabled=mesh.is_main)
         self._metrics: Metrics | None = None
         self._checkpoints: Checkpoints | None = None
@@ -80,7 +87,10 @@ class Run:
 
     def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
         """Before data are read: raise UserError where model, tokenizer and adapter don't fit together, warn where they may not."""
-        construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
+        model, _ = construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
+        if isinstance(self.config.weights, LoRAWeights):
+            freeze_base(model)
+        self._flops = training_flops(model)
         warnings = [warn_of_length(self.config, source.family.read_config(source.hf_config))]
         if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
             warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
@@ -105,16 +115,25 @@ class Run:
             self.note(f"the run was planned for {planned} steps and is now for {total}; the learning rate follows")
         if self.config.compile or self.config.optimizer.type == "adamw_8bit":
             self.note("the first step compiles, which takes a while")
-        with profiler(self.config.profiler, self.folder) as trace, stop_on_signal(self._ask_to_stop):
+        if self.config.profiler.memory_snapshot_every_n_steps and self.device.type != "cuda":
+            self.note(
+                f"no memory snapshots are kept: {self.device.type} has no history of its memory, which CUDA and ROCm devices have"
+            )
+        tracing = profiler(self.config.profiler, self.folder, self.mesh.rank)
+        self._garbage.start()
+        with tracing as trace, stop_on_signal(self._ask_to_stop):
             for step in range(done + 1, total + 1):
                 reset_peak_memory(self.device)
                 self._step_started, self._data_seconds = time.perf_counter(), 0.0
                 yield step
                 trace.step()
+                self.memory_snapshots.step(step)
+                self._garbage.step(step)
                 if self._agree_to_end():
                     if self._checkpoints.last_saved != step:  # the signal came after the recipe's own look
                         self._checkpoints.save(step)
                     break
+            self._garbage.stop()
             self._checkpoints.wait()  # a signal must not end the process while the last one is written
             self._agree_to_end()
 
@@ -160,20 +179,32 @@ class Run:
         values |= {"num_tokens": counters["num_tokens"], "num_trained": stats.num_trained}
         if counters["skipped_steps"]:
             values["skipped_steps"] = counters["skipped_steps"]
-        if self.mesh.world_size > 1:
-            values["tokens_per_second_per_device"] = stats.num_tokens / seconds / self.mesh.world_size
-        values |= {
-            "tokens_per_second": stats.num_tokens / seconds,
-            "step_seconds": seconds,
-            "data_seconds": self._data_seconds,
-        }
-        if self.config.log_peak_memory_stats:
-            values["peak_memory_gib"] = self.mesh.max([peak_memory_gib(self.device)])[0]
+        values |= self._speed(stats, seconds) | self._costs(seconds)
         if step % self.config.log_every_n_steps == 0 or step == self._total:
             self._metrics.log(step, values)
         if stats.skipped:
             self.note(f"step {step}: no update (loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g})")
         self._progress.update(step, values)
+
+    def _speed(self, stats: StepStats, seconds: float) -> dict[str, float]:
+        """Tokens a second, and model FLOP/s (training/flops.py) of one device with its share of what the device could do."""
+        devices, values = self.mesh.world_size, {}
+        if devices > 1:
+            values["tokens_per_second_per_device"] = stats.num_tokens / seconds / devices
+        values["tokens_per_second"] = stats.num_tokens / seconds
+        if self._flops is not None:
+            flops = self._flops.of_step(stats.num_tokens, stats.num_trained, stats.num_seen)
+            values["tflops_per_device"] = flops / seconds / devices / 1e12
+            if self._peak_tflops is not None:
+                values["mfu"] = values["tflops_per_device"] / self._peak_tflops
+        return values
+
+    def _costs(self, seconds: float) -> dict[str, float]:
+        """Seconds of the step, of them those spent waiting for data, and memory: of the rank that has most."""
+        own = {"step_seconds": seconds, "data_seconds": self._data_seconds}
+        if self.config.log_peak_memory_stats:
+            own |= {"peak_memory_gib": peak_memory_gib(self.device), **memory_counts(self.device)}
+        return dict(zip(own, self.mesh.max(list(own.values()))))
 
     def due(self, every: int | None, step: int) -> bool:
         """Whether something done `every` so many steps is due after `step`; at the last step it always is."""
@@ -276,6 +307,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of files and threads, also after an error; only a save that is under way is brought to its end."""
+        self._garbage.stop()
         self._progress.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -310,7 +342,8 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
             seed_everything((config.seed or 0) + mesh.dp_rank, config.deterministic)
             run = Run(config, recipe, mesh, folder, resume_from)
             stack.callback(run.close)
-            yield run
+            with run.memory_snapshots:
+                yield run
         except BaseException:
             if mesh.is_main and not (resumes or (run is not None and run.has_begun)):
                 unclaim(folder)

@@ -22,7 +22,7 @@ def lr_factor(schedule: LRScheduler, step: int, total_steps: int) -> float:
         return 1.0
     shape, start = schedule.type, warmup
     if isinstance(schedule, WarmupStableDecay):
-        shape, start = schedule.decay_type, max(warmup, total_steps - math.ceil(schedule.decay_ratio * total_steps))
+        shape, start = schedule.decay_type, max(warmup, total_steps - round(schedule.decay_ratio * total_steps))
     if step <= start:
         return 1.0
     progress = min((step - 1 - start) / max(total_steps - start, 1), 1.0)

@@ -41,17 +41,21 @@ class StepStats:
     """Tokens processed, padding included."""
     num_trained: int
     """Tokens with a loss."""
+    num_seen: int = 0
+    """Pairs (token, token it sees) over all layers: what attention costs."""
     skipped: bool = False
     terms: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
-def global_counts(batches: Iterable[Batch], mesh: Mesh) -> dict[str, int]:
-    """How many units of each kind the global batch holds, over all micro-batches and ranks."""
+def global_counts(batches: Iterable[Batch], mesh: Mesh, windows: Iterable[int | None] = ()) -> dict[str, int]:
+    """How many units of each kind the global batch holds, over all micro-batches and ranks; `windows`: of the model's layers."""
     local: Counter[str] = Counter()
+    layers = Counter(windows)
     for batch in batches:
         local.update(batch.counts)
         local["processed"] += batch.num_tokens
+        local["seen"] += sum(count * batch.num_seen(window) for window, count in layers.items())
     names = sorted(local)
     return dict(zip(names, map(int, mesh.sum([local[name] for name in names]))))
 
@@ -64,7 +68,7 @@ def train_step(
     Raises UserError when loss or gradient is not finite, unless the optimizer was told to skip such steps.
     """
     started = time.perf_counter()
-    counts = global_counts(batches, mesh)
+    counts = global_counts(batches, mesh, model.config.layer_windows)
     lr = optimizer.set_step(step)
     sums: dict[str, Tensor] = {}
 
@@ -91,6 +95,7 @@ def train_step(
         lr=lr,
         num_tokens=counts["processed"],
         num_trained=counts["tokens"],
+        num_seen=counts["seen"],
         skipped=not applied,
         terms=totals,
         seconds=time.perf_counter() - started,

@@ -1,0 +1,109 @@
+"""`tune import`: torchtitan/NAME.txt holds the sentences and the settings that torchtitan/NAME.toml becomes.
+
+After a wanted change: TUNESMITH_WRITE_GOLDEN=1 pytest tests/config/test_torchtitan.py, then read `git diff tests/config/torchtitan`.
+"""
+
+import difflib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tunesmith.cli.main import main
+from tunesmith.config import dump, load_config, load_settings
+from tunesmith.configs import torchtitan
+from tunesmith.configs.torchtitan import import_toml
+from tunesmith.errors import UserError
+from tunesmith.models.families import named_sizes
+
+FOLDER = Path(__file__).parent / "torchtitan"
+CASES = sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_import(case, monkeypatch):
+    monkeypatch.chdir(FOLDER)
+    imported = import_toml(Path(f"{case}.toml"))
+    load_settings("pretrain", imported.settings)
+    settings = yaml.safe_dump(imported.settings.plain(), sort_keys=False, width=200)
+    said = "".join(f"{note}\n" for note in imported.notes) + "\n" + settings
+    golden = FOLDER / f"{case}.txt"
+    if os.environ.get("TUNESMITH_WRITE_GOLDEN"):
+        golden.write_text(said, encoding="utf-8")
+    expected = golden.read_text(encoding="utf-8")
+    assert said == expected, "\n" + "".join(
+        difflib.unified_diff(expected.splitlines(True), said.splitlines(True), "golden", "said")
+    )
+
+
+def test_every_key_of_july_2025_is_known(monkeypatch):
+    monkeypatch.chdir(FOLDER)
+    told = [str(note) for note in import_toml(Path("everything.toml")).notes]
+    assert not [one for one in told if "no such key" in one]
+    assert all(one.startswith("everything.toml:") and ":0" not in one for one in told)
+
+
+def test_sizes_are_ours():
+    assert {size for size, _ in torchtitan.MODELS.values()} <= set(named_sizes())
+
+
+def test_printed_and_written_files_load(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = FOLDER / "eight.toml"
+    assert main(["import", str(source)]) == 0
+    printed, told = capsys.readouterr()
+    assert "float8 training is not there yet" in told and "eight.toml:19: `model.converters`" in printed
+    assert main(["import", str(source), "mine.yaml"]) == 0
+    assert capsys.readouterr().out == "Written to mine.yaml\n"
+    config = load_config("mine.yaml")
+    assert Path("mine.yaml").read_text() == printed and config.tensor_parallel_dim == 8
+    Path("again.yaml").write_text(dump(config))
+    assert dump(load_config("again.yaml")) == dump(config)
+
+
+def test_what_is_open_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", str(FOLDER / "foreign.toml"), "mine.yaml"]) == 0
+    assert capsys.readouterr().out == "Written to mine.yaml; fill in model before you run it\n"
+
+
+def test_the_debug_model_has_its_tokenizers_vocabulary(tmp_path):
+    content = {
+        "model": {"vocab": {"a": 0, "b": 1}},
+        "added_tokens": [{"content": "<s>", "id": 2}, {"content": "a", "id": 0}],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "run.toml").write_text(f'[model]\nflavor = "debugmodel"\ntokenizer_path = "{tmp_path}"\n')
+    settings = import_toml(tmp_path / "run.toml").settings.plain()
+    assert settings["model_args"]["vocab_size"] == 3 and settings["model_args"]["num_hidden_layers"] == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[training\nsteps = 1\n", "not valid TOML"),
+        (b"steps = caf\xe9\n", "not UTF-8"),
+        (
+            b"[training]\n\nlocal_batch_size = 'many'\n",
+            "run.toml:3: `training.local_batch_size` must be a whole number, got 'many'",
+        ),
+        (b"[training]\ncompile = 'maybe'\n", "run.toml:2: `compile` should be true or false, got 'maybe'"),
+    ],
+)
+def test_mistakes_have_their_place(tmp_path, monkeypatch, capsys, content, said):
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_bytes(content)
+    assert main(["import", "run.toml"]) == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="there is no such file"):
+        import_toml(Path("absent.toml"))
+
+
+def test_a_named_size_behind_config_is_the_model_of_pretraining():
+    config = load_config("pretrain", "--config", "llama3/8B", "dataset.source=texts")
+    assert config.model == "llama3/8B" and config.from_scratch
+    assert load_config("pretrain", "--config", "llama3/8B", "dataset.source=texts", "model=other").model == "other"
+    with pytest.raises(UserError, match="no config `llama3/8B`"):
+        load_config("sft", "--config", "llama3/8B", "dataset.source=texts")
