@@ -73,7 +73,7 @@ def gradients_on_mesh(folders, layout):
             for row in range(mesh.dp_rank, 2, mesh.dp_size)
         ]
 
-        def loss_of(hidden, batch):
+        def loss_of(hidden, batch, model=model):
             return model.lm_head.cross_entropy(hidden, batch.labels, chunk_size=16)
 
         forward_backward(model, batches, loss_of, nullcontext)
