@@ -154,6 +154,8 @@ class Stage(nn.Module):
         batch = self.feed.batches[self.micro_batch]
         with self.feed.context():
             hidden = self.decoder(stream[0] if stream else batch.input_ids, self.feed.sight_of(batch))
+        if hidden.dtype != self.feed.dtype:  # the next rank would take its bytes for something else
+            raise TypeError(f"hidden states of stage {self.number} are {hidden.dtype}, not {self.feed.dtype}")
         if torch.is_grad_enabled() and not hidden.requires_grad:
             # Nothing is trained up to here. The schedules still send a gradient back and differentiate something.
             return hidden.detach().requires_grad_()
@@ -167,6 +169,8 @@ class _Feed:
     batches: Sequence[Any]
     sight_of: Callable[[Any], Any]
     context: Context
+    dtype: torch.dtype
+    """Of hidden states."""
 
 
 @dataclass
@@ -198,11 +202,6 @@ class Pipeline:
         """The rank, along pp, that has a stage."""
         around, place = divmod(stage, self.ranks)
         return self.ranks - 1 - place if self._kind.folded and around else place
-
-    @property
-    def has_last(self) -> bool:
-        """Whether hidden states come out on this rank."""
-        return self.stages[-1].number == self.count - 1
 
     # --- training ------------------------------------------------------------------------------------
 
@@ -287,7 +286,7 @@ class Pipeline:
                     with context():
                         use(hidden, batch)
                 elif self.rank_of(stage.number + 1) != self.rank:
-                    sent.append((hidden, self._sent(hidden, self.rank_of(stage.number + 1))))
+                    sent.append(self._sent(hidden, self.rank_of(stage.number + 1)))
         for _, message in sent:
             message.wait()
         for stage in self.stages:
@@ -304,7 +303,7 @@ class Pipeline:
 
         self._forward([rows], lambda hidden, _: found.append(model.lm_head.logits(hidden)), nullcontext, sight)
         shape = (*input_ids.shape, model.config.vocab_size)
-        logits = found[0].contiguous() if found else self._empty(shape)
+        logits = found[0].to(self._dtype).contiguous() if found else self._empty(shape)
         dist.broadcast(logits, group=self.group, group_src=self.rank_of(self.count - 1))
         return logits
 
@@ -312,23 +311,29 @@ class Pipeline:
 
     def _set_feed(self, batches: Sequence[Any] | None, sight_of: Any = None, context: Context = nullcontext) -> None:
         for stage in self.stages:
-            stage.feed = None if batches is None else _Feed(batches, sight_of, context)
+            stage.feed = None if batches is None else _Feed(batches, sight_of, context, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._model.model.compute_dtype
 
     def _stream(self, rows: int, width: int) -> Tensor:
         """Hidden states between stages as an example without values: (B, T, D), or of T this rank's part."""
         shape = (rows, width // self._shares, self._model.config.hidden_size)
-        return torch.empty(shape, dtype=self._model.model.compute_dtype, device="meta", requires_grad=True)
+        return torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
 
     def _empty(self, shape: Sequence[int]) -> Tensor:
-        return torch.empty(shape, dtype=self._model.model.compute_dtype, device=self.device)
+        return torch.empty(shape, dtype=self._dtype, device=self.device)
 
     def _received(self, batch: Any, source: int) -> Tensor:
         hidden = self._empty(self._stream(*batch.input_ids.shape).shape)
         dist.recv(hidden, group=self.group, group_src=source)
         return hidden
 
-    def _sent(self, hidden: Tensor, target: int) -> Any:
-        return dist.isend(hidden.contiguous(), group=self.group, group_dst=target)
+    def _sent(self, hidden: Tensor, target: int) -> tuple[Tensor, Any]:
+        """What was sent, to be kept until the message is through, and the message."""
+        hidden = hidden.contiguous()
+        return hidden, dist.isend(hidden, group=self.group, group_dst=target)
 
 
 def _with_rows(batch: MicroBatch, rows: int) -> _Rows | MicroBatch:
