@@ -22,10 +22,11 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template*",
     "additional_chat_templates/*",
-    "config.json",
-    "generation_config.json",
 )
-"""What a tokenizer may consist of, and the two small files that say what goes with it."""
+"""What a tokenizer may consist of."""
+
+TOKENIZER_AND_SETTINGS = (*TOKENIZER_FILES, "config.json", "generation_config.json")
+"""The same with the two small files that say what goes with it."""
 
 UNUSED_FILES = ("*.bin", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.ot")
 """The same weights in formats that are never read here."""

@@ -145,6 +145,7 @@ def test_wrong_third_party_optimizers_are_named():
     for kind, options, text in [
         ("torch.optim.Nope", {}, "can't be imported"),
         ("torch.optim.SGD", {"momentun": 1}, "momentun"),
+        ("torch.optim.LBFGS", {}, "needs a closure"),
     ]:
         settings = TrainSettings(dtype="fp32", optimizer=shared.ThirdPartyOptimizer(kind, options=options))
         with pytest.raises(UserError, match=text):

@@ -308,7 +308,7 @@ class MLflow:
     experiment_name: str = "tunesmith"
     """Experiment that the run appears in."""
     tracking_uri: str | None = None
-    """Server or folder; default: what MLFLOW_TRACKING_URI says."""
+    """Server, database or folder; default: what MLFLOW_TRACKING_URI says, else mlflow.db in the run folder."""
     run_name: str | None = None
     """Name of the run; default: the output folder's."""
 

@@ -34,9 +34,8 @@ def chat_batches(config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_se
     return _batches(config, _listed(config, "dataset"), tokenizer, mesh, max_seq_len, validation=False)
 
 
-def text_batches(config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_seq_len: int | None = None) -> Batches:
-    """The same for plain text."""
-    return _batches(config, _listed(config, "dataset"), tokenizer, mesh, max_seq_len, validation=False)
+text_batches = chat_batches
+"""The same of plain text: the sections of `config.dataset` say which."""
 
 
 def validation_batches(

@@ -15,6 +15,7 @@ from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
 from tunesmith.checkpoint.hf import load_weights, read_model_config, stated_dtype
 from tunesmith.configs.shared import LoRAWeights, TrainSettings
+from tunesmith.data.loader import DEFAULT_MAX_SEQ_LEN
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models import families
@@ -38,8 +39,6 @@ DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
-
-DEFAULT_MAX_SEQ_LEN = 2048
 
 
 @dataclass

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -387,7 +390,7 @@ def build_optimizers(
         groups = _groups(parameters, config.weight_decay)
         return [kind(groups, config.lr, config.betas, config.eps, fused=config.fused)]
     if isinstance(config, shared.AdamW8bit):
-        torchao_optim = require("torchao.optim", "torchao", "`optimizer.type: adamw_8bit`")
+        torchao_optim = _import_torchao()
         return [torchao_optim.AdamW8bit(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps)]
     if isinstance(config, shared.SGD):
         groups = _groups(parameters, config.weight_decay)
@@ -423,12 +426,29 @@ def _muon(parameters: Parameters, config: shared.Muon, wholes: Wholes) -> list[t
     return optimizers
 
 
+def _import_torchao() -> Any:
+    """torchao's optimizers, without what it and torch tell developers of: kernels it wasn't built with, names that are to change."""
+    warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash_for_caching")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return require("torchao.optim", "torchao", "`optimizer.type: adamw_8bit`")
+    finally:
+        logging.disable(before)
+
+
 def _third_party(parameters: Parameters, config: shared.ThirdPartyOptimizer) -> torch.optim.Optimizer:
     kind: Callable[..., torch.optim.Optimizer] = import_dotted(config.type, "optimizer.type")
     try:
-        return kind([p for _, p in parameters], lr=config.lr, **config.options)
+        optimizer = kind([p for _, p in parameters], lr=config.lr, **config.options)
     except TypeError as error:
         raise UserError(f"`optimizer.type: {config.type}` doesn't take these options: {error}") from error
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(
+            f"`optimizer.type: {config.type}` computes the loss several times a step (its step() needs a closure), which training doesn't do: choose another"
+        )
+    return optimizer
 
 
 def import_dotted(path: str, key: str) -> Any:
