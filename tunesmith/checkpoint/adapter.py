@@ -135,7 +135,8 @@ def load_adapter(model: CausalLM, folder: str | Path) -> None:
     config, stored = read_adapter_config(folder), _read_tensors(Path(folder))
     parts = _check_names_and_shapes(model, folder, config, stored)
     for name in stored.keys() - parts.keys():
-        _check_embedding(model, name, stored[name])
+        if not name.removeprefix(_PREFIX).startswith(model.elsewhere):
+            _check_embedding(model, name, stored[name])
     for name, parameter in adapter_state(model).items():
         stored[peft_name(name)].read_into(parameter, parts[peft_name(name)])
 
@@ -154,6 +155,8 @@ def _check_names_and_shapes(
             if tensor.shape != parts[name].shape:
                 shapes = f"its {name} has the shape {tuple(tensor.shape)}, the model needs {tuple(parts[name].shape)}"
                 raise UserError(_another_base(folder, config, shapes))
+        elif name.removeprefix(_PREFIX).startswith(model.elsewhere):
+            continue
         elif not name.endswith(_EMBEDDINGS):
             raise UserError(_another_base(folder, config, f"it has {name}, and the model no adapter there"))
     lacking = [name for name in parts if name not in stored]

@@ -75,6 +75,8 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
             if leaf in ADAPTER_PARAMETERS:
                 continue
             name = f"{prefix}.{leaf}"
+            if name in model.copies and not merged:
+                continue
             if merged and leaf == "weight":
                 found[name] = _merged(merged, parameter, dtype)
             else:
@@ -115,7 +117,7 @@ def saved_config(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str,
     if (
         not model.config.tie_word_embeddings
         or isinstance(head, LoRAHead)
-        or (head is not None and head.tied_to is None)
+        or (head is not None and head.tied_to is None and not model.copies)
     ):
         config["tie_word_embeddings"] = False
     return config

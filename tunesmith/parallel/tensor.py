@@ -57,7 +57,8 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: Mesh, se
         _rewire(module, word, split)
     for name in {name.rpartition(".")[0] for name, word in words.items() if word in _OUTPUTS}:
         split.wrap_input(model.get_submodule(name))
-    split.wrap_decoder(model.model)  # type: ignore[arg-type]
+    for decoder in [stage.decoder for stage in model.pipeline.stages] if model.pipeline else [model.model]:  # type: ignore[union-attr]
+        split.wrap_decoder(decoder)  # type: ignore[arg-type]
     model.config = _local_config(model.config, group)  # type: ignore[arg-type, assignment]
     if sequence_parallel:  # what is whole sees a part of the tokens only
         partial |= {name for name, _ in model.named_parameters() if name not in parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -37,12 +38,15 @@ class Optimizer:
         self.may_skip = False
         self._model = model
         self._trained: Parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if not self._trained:
+        if not mesh.max([len(self._trained)])[0]:
             raise UserError("no parameter is trained: `weights.target_modules` matches nothing that can learn")
         # Updates are elementwise, so each rank makes those of its part, as plain tensors: any optimizer understands them.
         self._parameters: Parameters = [(n, _own_part(p)) for n, p in self._trained]
         self._parts, self._speaks = parameter_parts(model), speaks_for(model)
+        self._copies: dict[str, str] = getattr(model, "copies", {})
         self._scaler = torch.amp.GradScaler(mesh.device.type) if config.dtype == "fp16" else None
+        if self._scaler:  # which begins to work when it scales something: stages of a pipeline have no loss
+            self._scaler.scale(torch.zeros((), device=mesh.device))
         self._lengths: dict[str, Tensor] = {}
         if config.optimizer_in_bwd:
             self._optimizers = [o for p in self._parameters for o in self._build([p])]
@@ -58,6 +62,11 @@ class Optimizer:
                 "`optimizer.type: adafactor` takes means over whole rows and columns, which no rank has where "
                 "`data_parallel_shard_dim`, `context_parallel_dim` or `tensor_parallel_dim` cut them: use copies "
                 "(`data_parallel_shard_dim: 1` with `data_parallel_replicate_dim`), or another optimizer"
+            )
+        if isinstance(config, shared.AdamW8bit) and self._copies:
+            raise UserError(
+                "`optimizer.type: adamw_8bit` can't be combined with `pipeline_parallel_dim` where the model's head is tied to its "
+                "embedding, whose states two ranks would have to share: use adamw"
             )
         return build_optimizers(parameters, config, lambda: self._wholes)
 
@@ -127,9 +136,11 @@ class Optimizer:
     def _update_loss_scale(self) -> None:
         if self._scaler is None:
             return
-        for state in self._scaler._per_optimizer_states.values():  # an overflow anywhere is one everywhere
-            for found in state["found_inf_per_device"].values():
-                found.fill_(self.mesh.max([float(found)])[0])
+        states = self._scaler._per_optimizer_states.values()
+        found = [one for state in states for one in state["found_inf_per_device"].values()]
+        anywhere = self.mesh.max([max(map(float, found), default=0.0)])[0]  # an overflow anywhere is one everywhere
+        for one in found:
+            one.fill_(anywhere)
         self._scaler.update()
         if self._scaler.get_scale() < _SMALLEST_LOSS_SCALE:
             raise UserError(
@@ -177,7 +188,8 @@ class Optimizer:
         names = self._name_of
         for optimizer in self._optimizers:
             for parameter, state in optimizer.state.items():
-                _take_apart(names[id(parameter)], dict(state), tensors, values)
+                if names[id(parameter)] not in self._copies:  # their states are those of the original
+                    _take_apart(names[id(parameter)], dict(state), tensors, values)
         values["wrapped"] = {self._own_slot(slot): record for slot, record in values["wrapped"].items()}
         outgoing: dict[str, Outgoing] = {}
         for slot, tensor in tensors.items():
@@ -210,18 +222,21 @@ class Optimizer:
             )
         wrapped = {slot.partition("@")[0]: one for slot, one in values["wrapped"].items() if self._is_own(slot)}
         values = {**values, "wrapped": wrapped}
+        parts = {self._copies.get(name, name): part for name, part in self._parts.items()}
         tensors = {
-            slot.partition("@")[0]: self._read(slot, tensor)
+            slot.partition("@")[0]: self._read(slot, tensor, parts[slot.partition("::")[0]])
             for slot, tensor in stored.items()
-            if slot.partition("::")[0] in self._parts and self._is_own(slot)
+            if slot.partition("::")[0] in parts and self._is_own(slot)
         }
         for optimizer in self._optimizers:
             fused = bool(optimizer.defaults.get("fused"))
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name = self._name_of[id(parameter)]
-                    if name in saved:
-                        state = _put_together(name, tensors, values)
+                    if (saved_as := self._copies.get(name, name)) in saved:
+                        state = _put_together(saved_as, tensors, values)
+                        if saved_as != name:  # the two may be on one rank, and each changes its own
+                            state = copy.deepcopy(state)
                         optimizer.state[parameter] = {k: _place(k, v, parameter, fused) for k, v in state.items()}
 
     def _own_slot(self, slot: str) -> str:
@@ -231,8 +246,7 @@ class Optimizer:
     def _is_own(self, slot: str) -> bool:
         return "@" not in slot or slot == self._own_slot(slot.partition("@")[0])
 
-    def _read(self, slot: str, stored: StoredTensor) -> Tensor:
-        part = self._parts[slot.partition("::")[0]]
+    def _read(self, slot: str, stored: StoredTensor, part: Part) -> Tensor:
         is_cut = "@" not in slot and tuple(stored.shape) == part.shape
         tensor = torch.empty(part.local_shape if is_cut else stored.shape, dtype=stored.dtype)
         stored.read_into(tensor, part if is_cut else None)
@@ -357,7 +371,9 @@ def _place(key: str | int, value: Any, parameter: Tensor, fused: bool) -> Any:
 def build_optimizers(
     parameters: Parameters, config: shared.Optimizer, wholes: Callable[[], Wholes]
 ) -> list[torch.optim.Optimizer]:
-    """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes."""
+    """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes; none for none."""
+    if not parameters and not isinstance(config, shared.Muon):  # which brings ranks together, also those without a part
+        return []
     if isinstance(config, shared.AdamW):
         return [
             torch.optim.AdamW(

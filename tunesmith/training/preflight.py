@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.configs.layout import Layout
+from tunesmith.configs.stages import micro_batch_problems, stage_layers
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import follow_latest
 
@@ -423,8 +424,25 @@ def _layout(config: Any, notes: list[str]) -> Iterator[str]:
             layout.sizes(int(os.environ["WORLD_SIZE"]))
         except UserError as error:
             yield str(error)
+    if config.pipeline_parallel_dim > 1:
+        yield from _pipeline(config, layout)
     if config.expert_parallel_dim > 1:
         yield "`expert_parallel_dim`: there are no experts in the models that are supported yet; leave it at 1"
+
+
+def _pipeline(config: Any, layout: Layout) -> Iterator[str]:
+    """Whether the model's layers and the micro-batches of a step fit the pipeline, as far as they are known."""
+    try:
+        if (found := _shape(config)) is not None:
+            stage_layers(config, found[1].num_hidden_layers)
+    except UserError as error:
+        yield str(error)
+    if config.global_batch_size is not None and "WORLD_SIZE" in os.environ:
+        try:
+            _, replicas, shards, *_ = layout.sizes(int(os.environ["WORLD_SIZE"]))
+        except UserError:  # said already
+            return
+        yield from micro_batch_problems(config, config.global_batch_size // (config.batch_size * replicas * shards))
 
 
 _EXTRAS = {
