@@ -115,6 +115,7 @@ class _Loading:
         self.changes: list[tuple[list[str], Node | None, Place]] = []
         """key=value, and ~key (None), in the order written."""
         self.unreadable = False
+        """Whether a file or config that was named is not there to be read: what it may hold is not missed, then."""
         self._sort(list(words))
 
     def _sort(self, words: list[str]) -> None:
@@ -163,8 +164,12 @@ class _Loading:
         elif word.endswith(YAML_ENDINGS) or path.is_file():
             self._file(path, order)
         else:
-            text = f"`{word}` is no config file; write key=value, +overlay, ~key, or the name of a YAML file"
-            self.problems.append(Problem(Place(order, "command line"), text))
+            from tunesmith.configs.torchtune_names import config_names
+
+            near = did_you_mean(word, config_names()) if "/" in word else ""
+            hint = near or "; write key=value, +overlay, ~key, or the name of a YAML file"
+            self.problems.append(Problem(Place(order, "command line"), f"`{word}` is no config file{hint}"))
+            self.unreadable = True
 
     def _file(self, path: Path, order: int) -> None:
         node = layers.read_file(path, order, self.problems)

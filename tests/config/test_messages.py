@@ -138,6 +138,7 @@ CASES: dict[str, tuple[dict[str, str | bytes], list[str]]] = {
         "checkpointer.recipe_checkpoint=x.pt loss=torchtune.modules.loss.ForwardKLLoss dataset=torchtune.datasets.vqa_dataset".split(),
     ),
     "torchtune_unknown_size": ({}, ["full_finetune_distributed", "--config", "llama3_2/8B_full"]),
+    "torchtune_unknown_family": ({}, ["lora_finetune_single_device", "--config", "llama9/3B_lora_single_device"]),
     "torchtune_dpo": ({}, ["lora_dpo_single_device", "--config", "llama3_1/8B_dpo_single_device"]),
     "torchtune_vision": ({}, ["full_finetune_distributed", "--config", "llama3_2_vision/11B_full"]),
 }

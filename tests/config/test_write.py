@@ -15,7 +15,7 @@ import yaml
 from tunesmith.config import dump, json_schema, load, load_config
 from tunesmith.configs import _schema as schema
 from tunesmith.configs._write import flow
-from tunesmith.configs.recipes import RECIPES, overlays
+from tunesmith.configs.recipes import RECIPES, overlay_path, overlays
 
 FILLED = {
     "sft": ["model=some/model", "dataset.source=chats.jsonl"],
@@ -101,6 +101,16 @@ def test_schema_refuses(wrong):
     right = {"recipe": "sft"} | schema.plain(load_config("sft", *FILLED["sft"]))
     validator("sft").validate(right)
     assert not validator("sft").is_valid(right | wrong)
+
+
+def test_schema_takes_layers_that_others_complete():
+    """A file without `recipe` can't be run by itself, so it need not be complete."""
+    for name, recipe in RECIPES.items():
+        layer = yaml.safe_load(recipe.defaults.read_text(encoding="utf-8")) or {}
+        validator(name).validate(layer)
+        assert not validator(name).is_valid(layer | {"recipe": name})
+    for name in overlays():
+        validator("sft").validate(yaml.safe_load(overlay_path(name).read_text(encoding="utf-8")))
 
 
 def test_schema_takes_references_and_explains():

@@ -85,7 +85,11 @@ def _number(value: float) -> str:
 
 
 def json_schema(cls: type, recipe: str) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a recipe's config file, for completion and checks in editors."""
+    """The JSON Schema (2020-12) of a recipe's config file, for completion and checks in editors.
+
+    A file that names its recipe can be run by itself and needs all that has no default; one that doesn't is a layer, such
+    as an overlay, which others complete.
+    """
     definitions: dict[str, Any] = {}
     top = _object(cls, definitions)
     top["properties"] = {"recipe": {"const": recipe, "description": "The recipe this file is for."}} | top["properties"]
@@ -94,7 +98,8 @@ def json_schema(cls: type, recipe: str) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"tune run {recipe}",
         **top,
-        "required": required,
+        "if": {"required": ["recipe"]},
+        "then": {"required": required},
         "$defs": definitions,
     }
 
