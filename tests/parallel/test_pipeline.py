@@ -26,14 +26,12 @@ from tunesmith.training.step import train_step, validation_loss
 
 STEPS, ROWS = 4, 8
 MULTIPLE = [name for name in SCHEDULES if name not in ("GPipe", "1F1B")]
-# A large eps: updates are nearly proportional to gradients, so rounding in one close to zero does not become a step of full size.
 COMMON = [
     "dtype=fp32",
     f"max_steps={STEPS}",
     f"epochs={STEPS}",
     "tokenizer.max_seq_len=48",
     "optimizer.lr=0.05",
-    "optimizer.eps=1",
     "clip_grad_norm=2",
     "device=cpu",
 ]
@@ -90,8 +88,9 @@ def whole(results) -> Trained:
 
 
 def run(ranks: int, folder: Path, *words: str) -> Trained:
-    if not any("global_batch_size" in word for word in words):
-        words = (*words, f"global_batch_size={ROWS}")
+    # A large eps: updates are nearly proportional to gradients, so rounding in one close to zero is no step of full size.
+    defaults = {"global_batch_size": f"global_batch_size={ROWS}", "optimizer.type": "optimizer.eps=1"}
+    words = (*words, *(word for given, word in defaults.items() if not any(given in other for other in words)))
     recipe = "pretrain" if any("from_scratch" in word for word in words) else "sft"
     return whole(run_distributed(train, ranks, [recipe, *words, *COMMON, f"model={folder}"]))
 
@@ -178,6 +177,20 @@ def test_the_last_step_of_an_epoch(models, alone, chat_file, schedule, size, row
     """Of 24 rows it has fewer: its micro-batches have five and four, or are fewer than the schedule needs."""
     words = [f"dataset.source={chat_file}", f"batch_size={size}", f"global_batch_size={rows}"]
     compare(models, alone, 2, schedule, True, words)
+
+
+def test_muon_where_a_stage_has_nothing_to_train(models, alone, chat_file):
+    words = [f"dataset.source={chat_file}", "batch_size=2", "+lora", "optimizer.type=muon"]
+    words.append('weights.target_modules=["model.layers.3.self_attn.q_proj"]')
+    compare(models, alone, 2, "1F1B", False, words)
+
+
+def test_eight_bit_states_of_a_tied_head_are_refused(models, chat_file):
+    words = [f"dataset.source={chat_file}", "batch_size=2", PIPELINE, "optimizer.type=adamw_8bit"]
+    with pytest.raises(
+        AssertionError, match="UserError: .*adamw_8bit.* can't be combined with .*pipeline_parallel_dim"
+    ):
+        run(2, models[True], *words)
 
 
 def test_sharded_stages(models, alone, chat_file):

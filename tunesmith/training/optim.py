@@ -67,6 +67,11 @@ class Optimizer:
                 "`data_parallel_shard_dim`, `context_parallel_dim` or `tensor_parallel_dim` cut them: use copies "
                 "(`data_parallel_shard_dim: 1` with `data_parallel_replicate_dim`), or another optimizer"
             )
+        if isinstance(config, shared.AdamW8bit) and self._copies:
+            raise UserError(
+                "`optimizer.type: adamw_8bit` can't be combined with `pipeline_parallel_dim` where the model's head is tied to its "
+                "embedding: each rank keeps such states for itself, and one of the two could not be resumed; use adamw"
+            )
         return build_optimizers(parameters, config, lambda: self._wholes)
 
     @cached_property
@@ -381,7 +386,7 @@ def build_optimizers(
     parameters: Parameters, config: shared.Optimizer, wholes: Callable[[], Wholes]
 ) -> list[torch.optim.Optimizer]:
     """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes; none for none."""
-    if not parameters:
+    if not parameters and not isinstance(config, shared.Muon):  # which brings ranks together, also those without a part
         return []
     if isinstance(config, shared.AdamW):
         kind = torch.optim.AdamW
