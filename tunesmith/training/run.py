@@ -15,12 +15,14 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,9 +47,9 @@ from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import peak_memory_gib, pick_device, reset_peak_memory
 from tunesmith.parallel.mesh import Mesh, Ranks, start_mesh, stop_mesh
 from tunesmith.training.build import Source, construct_model
-from tunesmith.training.folder import claim, environment, unclaim
+from tunesmith.training.folder import check_shared, claim, environment, unclaim
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check, is_restart, warn_of_length
+from tunesmith.training.preflight import check, layout_problems, warn_of_length
 from tunesmith.training.profile import profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
@@ -80,8 +82,11 @@ class Run:
 
     def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
         """Before data are read: raise UserError where model, tokenizer and adapter don't fit together, warn of rows too long for the model."""
+        shape = source.family.read_config(source.hf_config)
+        if problems := list(layout_problems(self.config, shape)):
+            raise UserError("\n".join(problems))
         construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
-        if warning := warn_of_length(self.config, source.family.read_config(source.hf_config)):
+        if warning := warn_of_length(self.config, shape):
             self.note(warning)
 
     # --- the loop ------------------------------------------------------------------------------------
@@ -265,9 +270,10 @@ class Run:
                 f"{'saved' if self._ending is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
                 file=sys.stderr,
             )
+        if self._ending is not None and self.mesh.is_main:
+            print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
+        self.mesh.ranks.barrier()  # torchrun ends all when one ends with a signal's exit code: not before the report is written
         if self._ending is not None:
-            if self.mesh.is_main:
-                print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
             raise SystemExit(128 + self._ending)
         return folder
 
@@ -288,21 +294,20 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
     """
     device = pick_device(config.device)
     folder = Path(config.output_dir)
-    resumes = config.resume_from_checkpoint or is_restart()
     run: Run | None = None
     with contextlib.ExitStack() as stack:
         stack.callback(stop_mesh)
-        mesh = start_mesh(device, Layout.of(config), config.dist_timeout_seconds)
-        check_same_everywhere(mesh, config)
-        mesh.ranks.on_all(lambda: check(config))
-        lock = mesh.ranks.from_main(lambda: claim(folder, resumes))
+        agree = partial(check_same_everywhere, config=config)
+        mesh = start_mesh(device, Layout.of(config), config.dist_timeout_seconds, agree)
+        mesh.ranks.on_all(lambda: check(config, folder_is_checked_later=True))
+        resumes = mesh.ranks.from_main(lambda: stack.enter_context(_claimed(folder, config.resume_from_checkpoint)))
         try:
-            if mesh.is_main:
-                stack.callback(os.close, lock)
+            check_shared(folder, mesh.ranks)
             stack.enter_context(end_on_sigterm())
             resume_from = mesh.ranks.from_main(lambda: newest_checkpoint(folder)) if resumes else None
             _draw_seed(config, resume_from, mesh)
             if resume_from is not None:
+                check_seen_everywhere(resume_from, mesh.ranks)
                 mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
             seed_everything((config.seed or 0) + mesh.dp_rank, config.deterministic)
             run = Run(config, recipe, mesh, folder, resume_from)
@@ -314,16 +319,63 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
             raise
 
 
-def check_same_everywhere(mesh: Mesh, config: TrainSettings) -> None:
-    """Raise UserError on every rank where one has another config or other versions."""
-    own = {"tunesmith": tunesmith.__version__, "torch": torch.__version__, "the config": dump_config(config)}
-    for rank, other in enumerate(all_of := mesh.ranks.gather(own)):
-        for what, value in other.items():
-            if value != all_of[0][what]:
-                known = "" if what == "the config" else f" ({value} instead of {all_of[0][what]})"
+@contextlib.contextmanager
+def _claimed(folder: Path, resume: bool) -> Iterator[bool]:
+    """Hold the run folder; gives whether the run goes on with what is in it."""
+    held = claim(folder, resume)
+    clean = False
+    try:
+        yield held.resumes
+        clean = True
+    except (UserError, SystemExit):
+        clean = True
+        raise
+    finally:
+        held.release(clean)
+
+
+def check_same_everywhere(ranks: Ranks, config: TrainSettings) -> None:
+    """Raise the same UserError on every rank where one has another config or other versions."""
+    own = {
+        "tunesmith": tunesmith.__version__,
+        "torch": torch.__version__,
+        "config": dump_config(config),
+        "host": platform.node(),
+    }
+    first, *others = ranks.gather(own)
+    for rank, other in enumerate(others, 1):
+        for what in ("tunesmith", "torch", "config"):
+            if other[what] != first[what]:
+                pair = (other[what], first[what]) if what != "config" else _first_difference(other[what], first[what])
                 raise UserError(
-                    f"rank {rank} has another version of {what} than rank 0{known}: start all with the same"
+                    f"rank {rank} (on {other['host']}) has another {'config' if what == 'config' else f'version of {what}'} than "
+                    f"rank 0 (on {first['host']}): {pair[0]} instead of {pair[1]}; start all with the same"
                 )
+
+
+def _first_difference(one: str, other: str) -> tuple[str, str]:
+    """The first line in which two configs differ, of each."""
+    pairs = zip_longest(one.splitlines(), other.splitlines(), fillvalue="nothing")
+    return next((_option(a), _option(b)) for a, b in pairs if a != b)
+
+
+def _option(line: str) -> str:
+    """A line of a config without its comment."""
+    return f"`{line.partition('  #')[0].strip()}`"
+
+
+def check_seen_everywhere(folder: Path, ranks: Ranks) -> None:
+    """Raise the same UserError on every rank where one does not see the checkpoint in `folder` whole, as rank 0 does."""
+    own = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    (first, main_host), *others = ranks.gather((own, platform.node()))
+    for rank, (seen, host) in enumerate(others, 1):
+        different = [name for name in sorted({*seen, *first}) if seen.get(name) != first.get(name)]
+        if different:
+            what = "is absent" if not seen else f"{different[0]} is absent or of another size"
+            raise UserError(
+                f"{folder} is not the same for all: on {host} (rank {rank}) {what}, unlike on {main_host} (rank 0); "
+                "`output_dir` must be a folder that all nodes share, or be copied whole to each"
+            )
 
 
 def _draw_seed(config: TrainSettings, resume_from: Path | None, mesh: Mesh) -> None:
