@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tunesmith.configs.layout import AXES, Layout
 from tunesmith.errors import UserError
+from tunesmith.parallel.device import start_flight_recorder
 
 T = TypeVar("T")
 
@@ -164,15 +165,18 @@ def start_mesh(
     layout: Layout | None = None,
     timeout_seconds: float = 600.0,
     agree: Callable[[Ranks], None] | None = None,
+    reports: str | None = None,
 ) -> Mesh:
     """Start the process group (on an in-memory store for one process; no port is opened) and the mesh.
 
-    layout: sizes of the axes; by default all processes share one copy of the weights. Raises UserError where they do not
+    reports: folder for what an accelerator's flight recorder keeps. layout: sizes of the axes; by default all processes share one copy of the weights. Raises UserError where they do not
     multiply to the number of processes that were started. agree: called when ranks can talk to each other, before anything
     hangs on their having been told the same.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if not dist.is_initialized():
+        if device.type != "cpu" and reports is not None:
+            start_flight_recorder(reports)
         backend = (
             "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         )
@@ -197,20 +201,20 @@ def _store(rank: int, world_size: int, timeout_seconds: float) -> Store:
     return fresh_store(connect_store(timeout_seconds), rank, world_size)
 
 
-def connect_store(timeout_seconds: float) -> TCPStore:
-    """A connection to the store that torchrun's agent keeps; where none does, rank 0 keeps it."""
+def connect_store(timeout_seconds: float, may_keep_it: bool = True) -> TCPStore:
+    """A connection to the store that torchrun's agent keeps; where none does, rank 0 keeps it from its first connection on."""
     address, port, world_size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["WORLD_SIZE"]
     agent_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return TCPStore(
         address,
         port,
-        world_size=None if agent_keeps_it else int(world_size),
-        is_master=not agent_keeps_it and os.environ.get("RANK") == "0",
+        world_size=None if agent_keeps_it or not may_keep_it else int(world_size),
+        is_master=may_keep_it and not agent_keeps_it and os.environ.get("RANK") == "0",
         timeout=timedelta(seconds=timeout_seconds),
     )
 
 
-def fresh_store(store: Store, rank: int, world_size: int) -> Store:
+def fresh_store(store: TCPStore, rank: int, world_size: int) -> Store:
     """A part of `store` that no process of an earlier attempt has written to.
 
     torchrun keeps one store over restarts, where processes would read the addresses of the dead; and a node that was lost
@@ -224,7 +228,7 @@ def fresh_store(store: Store, rank: int, world_size: int) -> Store:
         store.set(f"taken/{attempt}/{rank}", "")
         return PrefixStore(attempt, store)
     missing, answered = set(range(1, world_size)), set()
-    deadline = time.monotonic() + store.timeout.total_seconds()
+    deadline = time.monotonic() + store.timeout.total_seconds()  # type: ignore[attr-defined]
     while missing and time.monotonic() < deadline:
         for other in [one for one in missing if store.check([f"here/{one}"])]:
             word = store.get(f"here/{other}").decode()

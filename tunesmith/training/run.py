@@ -55,6 +55,8 @@ from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
 from tunesmith.training.signals import end_on_sigterm, stop_on_signal
 from tunesmith.training.step import StepStats
+from tunesmith.training.watchdog import FOLDER as HANG_FOLDER
+from tunesmith.training.watchdog import Watchdog, noticing_lost_ranks
 
 T = TypeVar("T")
 
@@ -62,10 +64,19 @@ T = TypeVar("T")
 class Run:
     """What a recipe's loop needs around it. Made by `start_run`."""
 
-    def __init__(self, config: TrainSettings, recipe: str, mesh: Mesh, folder: Path, resume_from: Path | None = None):
+    def __init__(
+        self,
+        config: TrainSettings,
+        recipe: str,
+        mesh: Mesh,
+        folder: Path,
+        watchdog: Watchdog,
+        resume_from: Path | None = None,
+    ):
         self.config, self.recipe, self.mesh, self.folder = config, recipe, mesh, folder
         self.device, self.resume_from = mesh.device, resume_from
         self._resumed_step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else None
+        self._watchdog = watchdog
         self._signal: int | None = None
         """The signal that came to this rank."""
         self._ending: int | None = None
@@ -82,6 +93,7 @@ class Run:
 
     def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
         """Before data are read: raise UserError where model, tokenizer and adapter don't fit together, warn of rows too long for the model."""
+        self._watchdog.at(0, "reading model and data")
         shape = source.family.read_config(source.hf_config)
         if problems := list(layout_problems(self.config, shape)):
             raise UserError("\n".join(problems))
@@ -110,6 +122,7 @@ class Run:
         with profiler(self.config.profiler, self.folder) as trace, stop_on_signal(self._ask_to_stop):
             for step in range(done + 1, total + 1):
                 reset_peak_memory(self.device)
+                self._watchdog.at(step, "beginning")
                 self._step_started, self._data_seconds = time.perf_counter(), 0.0
                 yield step
                 trace.step()
@@ -122,12 +135,16 @@ class Run:
 
     def _ask_to_stop(self, number: int) -> None:
         self._signal = number
-        name = "interrupted" if number == signal.SIGINT else "asked to end"
-        self.note(f"{name}: saving after this step (once more ends at once, without saving)")
+        if number == signal.SIGINT:
+            self.note("interrupted: saving after this step (once more ends at once, without saving)")
 
     def _agree_to_end(self) -> bool:
         """Whether a signal came to any rank: all end after the same step."""
-        self._ending = self._ending or int(self.mesh.max([self._signal or 0])[0]) or None
+        before = self._ending
+        self._ending = before or int(self.mesh.max([self._signal or 0])[0]) or None
+        if before is None and self._ending not in (None, signal.SIGINT):
+            # Said only now: torchrun also sends SIGTERM to the ranks that are left when one has died.
+            self.note("asked to end: saving (once more ends at once, without saving)")
         return self._ending is not None
 
     @property
@@ -142,8 +159,10 @@ class Run:
 
     def next(self, read: Callable[[int], T], step: int) -> T:
         """`read(step)`, its time counted as waiting for data."""
+        self._watchdog.at(step, "reading data")
         started = time.perf_counter()
         result = read(step)
+        self._watchdog.at(step, "training")
         self._data_seconds += time.perf_counter() - started
         return result
 
@@ -185,6 +204,7 @@ class Run:
         """Compute and log the validation loss where it is due."""
         assert self._metrics is not None
         if self.due(self.config.run_val_every_n_steps, step):
+            self._watchdog.at(step, "validating")
             loss = compute()
             self._metrics.log(step, {"val_loss": loss})
             self.note(f"step {step}: validation loss {loss:.4f}")
@@ -193,6 +213,7 @@ class Run:
         """Save a checkpoint every save_every_n_steps, at the end, and when the run was asked to stop."""
         assert self._checkpoints is not None
         if self._agree_to_end() or self.due(self.config.save_every_n_steps, step):
+            self._watchdog.at(step, "saving")
             if self._metrics is not None:
                 self._metrics.sync()
             self._checkpoints.save(step)
@@ -256,6 +277,7 @@ class Run:
         Ends the process where a signal asked the run to stop: exit code 130 or 143, the checkpoint saved.
         """
         assert self._checkpoints is not None and self._metrics is not None and self._check_saved is not None
+        self._watchdog.at(self._total, "finishing")
         self._checkpoints.close()
         self._metrics.close()
         self._progress.close()
@@ -298,7 +320,13 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         stack.callback(stop_mesh)
         agree = partial(check_same_everywhere, config=config)
-        mesh = start_mesh(device, Layout.of(config), config.dist_timeout_seconds, agree)
+        with noticing_lost_ranks(lambda: "at the start"):
+            # The watchdog, who knows more, speaks before a message is given up.
+            patience = config.dist_timeout_seconds + 15
+            mesh = start_mesh(device, Layout.of(config), patience, agree, reports=str(folder / HANG_FOLDER))
+        watchdog = Watchdog(mesh, folder, config.dist_timeout_seconds)
+        stack.callback(watchdog.close)
+        stack.enter_context(noticing_lost_ranks(watchdog.where))
         mesh.ranks.on_all(lambda: check(config, folder_is_checked_later=True))
         resumes = mesh.ranks.from_main(lambda: stack.enter_context(_claimed(folder, config.resume_from_checkpoint)))
         try:
@@ -310,7 +338,7 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
                 check_seen_everywhere(resume_from, mesh.ranks)
                 mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
             seed_everything((config.seed or 0) + mesh.dp_rank, config.deterministic)
-            run = Run(config, recipe, mesh, folder, resume_from)
+            run = Run(config, recipe, mesh, folder, watchdog, resume_from)
             stack.callback(run.close)
             yield run
         except BaseException:
