@@ -9,6 +9,10 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one sentence that says what is wrong, where, and what to do."""
 
 
+class LostContact(Exception):
+    """A message between ranks could not be delivered: another rank is gone, and this one can't go on without it."""
+
+
 def fault_of_the_machine(error: OSError) -> UserError | None:
     """What to tell the user of a full disk or a file that may not be touched; None for any other error."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -488,7 +488,7 @@ def test_what_does_not_fit_the_model_is_told_before_the_data_are_read(
         "adapter": (lora, "doesn't fit this model: it has weights for model.layers.1"),
         "adapter's shape": (lora, "doesn't fit this model: its .* has the shape"),
     }[mistake]
-    monkeypatch.setattr(running, "check", lambda config: [])
+    monkeypatch.setattr(running, "check", lambda config, **options: [])
     for module, reads in ((sft, "chat_batches"), (pretrain, "text_batches")):
         monkeypatch.setattr(module, reads, lambda *args, **kwargs: pytest.fail("the data were read"))
     if recipe == "pretrain":

@@ -342,8 +342,8 @@ def test_data(model):
 def test_a_layout_that_does_not_fit_the_number_of_processes_is_refused_before_they_meet(model, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert findings("sft") == [] and findings("sft", "tensor_parallel_dim=2") == []
-    [said] = findings("sft", "tensor_parallel_dim=4")
-    assert said == "`tensor_parallel_dim: 4` needs a multiple of 4 processes, but 6 were started"
+    [said] = findings("sft", "context_parallel_dim=4")
+    assert said == "`context_parallel_dim: 4` needs a multiple of 4 processes, but 6 were started"
     [said] = findings("sft", "data_parallel_shard_dim=2", "data_parallel_replicate_dim=2")
     assert said.startswith(
         "`data_parallel_replicate_dim: 2` x `data_parallel_shard_dim: 2` makes 4 processes, but 6 were started"

@@ -14,6 +14,7 @@ VERBS = {
     "ls": "list recipes, overlays, models and data sets; `tune ls sft`: the options of a recipe",
     "cp": "write a complete config, or a recipe's source, to make your own",
     "cat": "print a complete config, or its JSON Schema",
+    "slurm": "write an sbatch script that runs a recipe on the nodes of a SLURM job",
     "validate": "check everything that can be checked before a run starts",
     "import": "turn a training config of torchtitan into one of ours",
     "download": "fetch a model from the Hugging Face Hub or Kaggle",

@@ -50,13 +50,18 @@ def main(words: list[str]) -> int:
     from tunesmith.training import preflight
 
     loaded = load(rest)
-    preflight.check(loaded.config)
+    launches = torchrun.is_asked_for(launch)
+    preflight.check(
+        loaded.config,
+        torchrun.processes(launch) if launches else None,
+        folder_is_checked_later=launches and torchrun.value(launch, "--nnodes") not in (None, "1", "1:1"),
+    )
     if preview is not None:
         from tunesmith.data.preview import preview as show_preview  # pyright: ignore[reportMissingImports]
 
         show_preview(loaded.config, preview)
         return 0
-    if launch:
+    if launches:
         from tunesmith.cli.launch import launch_workers
 
         return launch_workers(launch, dump(loaded.config))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from tunesmith.errors import UserError
 
 WITH_VALUE = (
@@ -28,6 +30,30 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
             raise UserError(f"`{option}` wants a value behind it")
         index += 2 if wants_value else 1
     return words[:index], words[index:]
+
+
+def is_asked_for(options: list[str]) -> bool:
+    """Whether processes are to be started: by options, or by the variables in which a cluster hands them over (Kubernetes)."""
+    return bool(options) or any(name in os.environ for name in ("PET_NNODES", "PET_NPROC_PER_NODE"))
+
+
+def processes(options: list[str]) -> int:
+    """How many processes torchrun's `options` start in all; 0 where that depends on the machine, or may change."""
+    nodes, per_node = value(options, "--nnodes") or "1", value(options, "--nproc_per_node") or "1"
+    least, _, most = nodes.partition(":")
+    if not (least.isdecimal() and per_node.isdecimal()) or (most and most != least):
+        return 0
+    return int(least) * int(per_node)
+
+
+def value(options: list[str], name: str) -> str | None:
+    """The value of the option called `name` among torchrun's `options`, or in its variable PET_NAME; None where it is not given."""
+    found = os.environ.get(f"PET_{name.lstrip('-').upper()}")
+    for index, word in enumerate(options):
+        option, equals, behind = word.partition("=")
+        if option.startswith("-") and _full_name(option) == name:
+            found = behind if equals else options[index + 1]
+    return found
 
 
 def _full_name(option: str) -> str | None:

@@ -21,7 +21,7 @@ examples:
 
 
 def main(words: list[str]) -> int:
-    _, rest = torchrun.split(words)
+    launch, rest = torchrun.split(words)
     if not rest or "-h" in rest or "--help" in rest:
         print(HELP, end="")
         return 0
@@ -31,7 +31,7 @@ def main(words: list[str]) -> int:
     from tunesmith.training import preflight
 
     loaded = load(rest)
-    notes = preflight.check(loaded.config)
+    notes = preflight.check(loaded.config, torchrun.processes(launch) if torchrun.is_asked_for(launch) else None)
     print(f"valid: {loaded.recipe.name} of {loaded.config.model}")
     for note in notes:
         print(f"  {note}")

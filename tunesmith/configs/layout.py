@@ -19,6 +19,9 @@ OPTIONS = {
     "tp": "tensor_parallel_dim",
 }
 
+QUANTIZED_BLOCK = 64
+"""Numbers of a 4-bit block, which stay on one rank."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -56,8 +59,25 @@ class Layout:
         given = [f"`{OPTIONS[axis]}: {size}`" for axis, size in sizes.items() if size not in (1, -1)]
         return " x ".join(given) or "the layout's sizes"
 
-    def problems(self, shape: Any) -> Iterator[str]:
-        """One sentence for everything of a model's `shape` (a DecoderConfig) that this layout can't cut."""
+    def length_problem(self, length: int | None, sequence_parallel: bool) -> str | None:
+        """What keeps rows of `length` tokens from being shared by the ranks that split a sequence; None if nothing does."""
+        shared_by_tp = self.tp if sequence_parallel else 1
+        multiple = 2 * self.cp * shared_by_tp
+        if self.cp == 1 or length is None or length % multiple == 0:
+            return None
+        reason = f"2 chunks for each of `context_parallel_dim: {self.cp}` ranks"
+        if shared_by_tp > 1:
+            reason += f", each cut by `tensor_parallel_dim: {self.tp}` with `sequence_parallel`"
+        return (
+            f"`tokenizer.max_seq_len: {length}` must be a multiple of {multiple} ({reason}): "
+            f"take {length // multiple * multiple or multiple} or {(length // multiple + 1) * multiple}"
+        )
+
+    def problems(self, shape: Any, quantized: bool = False) -> Iterator[str]:
+        """One sentence for everything of a model's `shape` (a DecoderConfig) that this layout can't cut.
+
+        quantized: whether its matrices are held in blocks of 4-bit numbers, which can't be cut inside a block.
+        """
         for what, count in (
             ("attention heads", shape.num_attention_heads),
             ("key-value heads", shape.num_key_value_heads),
@@ -68,11 +88,21 @@ class Layout:
                     f"`tensor_parallel_dim: {self.tp}` does not divide the model's {count} {what}: take "
                     f"{_divisors(shape, self.tp)}"
                 )
-        if self.pp > shape.num_hidden_layers:
-            yield (
-                f"`pipeline_parallel_dim: {self.pp}` is more than the model's {shape.num_hidden_layers} layers: "
-                "every stage needs at least one"
-            )
+        inputs = {
+            "attention heads": shape.num_attention_heads * shape.head_dim,
+            "feed-forward columns": shape.intermediate_size,
+        }
+        for what, columns in inputs.items():
+            if quantized and self.tp > 1 and columns % self.tp == 0 and columns // self.tp % QUANTIZED_BLOCK:
+                yield split_block(self.tp, f"{columns // self.tp} columns of a matrix ({columns} of the {what} in all)")
+
+
+def split_block(ranks: int, what: str) -> str:
+    """The sentence for 4-bit weights whose parts would not end where a block ends."""
+    return (
+        f"`weights.quantize_base` keeps blocks of {QUANTIZED_BLOCK} numbers together, and `tensor_parallel_dim: {ranks}` would "
+        f"cut them: each rank gets {what}; take fewer ranks, or turn one of the two off"
+    )
 
 
 def _divisors(shape: Any, wanted: int) -> str:

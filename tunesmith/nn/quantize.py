@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.configs.layout import QUANTIZED_BLOCK
 from tunesmith.nn.linear import Linear
 
-BLOCK_SIZE = 64
+BLOCK_SIZE = QUANTIZED_BLOCK
 
 # The 16 levels of NF4 (arXiv 2305.14314, appendix E): quantiles of a standard normal distribution, scaled to [-1, 1], with an exact zero.
 NF4_LEVELS = (

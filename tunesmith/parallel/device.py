@@ -164,3 +164,18 @@ def _processor_name() -> str:
     import platform
 
     return platform.processor() or platform.machine()
+
+
+def start_flight_recorder(folder: str) -> None:
+    """Let NCCL keep its last collectives, and write them below `folder` when one takes too long. Before the process group starts."""
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        os.environ.setdefault(name, "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        os.environ.setdefault(name, os.path.join(folder, "flight-"))
+
+
+def flight_record() -> bytes:
+    """The collectives that NCCL kept, for `torchfrtrace`; empty where it does not run."""
+    dump = getattr(torch.distributed.distributed_c10d, "_dump_nccl_trace", None)
+    return dump() if dump is not None and torch.cuda.is_available() else b""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tunesmith.configs.layout import AXES, Layout
 from tunesmith.errors import UserError
+from tunesmith.parallel.device import start_flight_recorder
 
 T = TypeVar("T")
 
@@ -165,38 +168,84 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def start_mesh(device: torch.device, layout: Layout | None = None, timeout_seconds: float = 600.0) -> Mesh:
+def start_mesh(
+    device: torch.device,
+    layout: Layout | None = None,
+    timeout_seconds: float = 600.0,
+    agree: Callable[[Ranks], None] | None = None,
+    reports: str | None = None,
+) -> Mesh:
     """Start the process group (on an in-memory store for one process; no port is opened) and the mesh.
 
-    layout: sizes of the axes; by default all processes share one copy of the weights. Raises UserError where they do not
-    multiply to the number of processes that were started.
+    reports: folder for what an accelerator's flight recorder keeps. layout: sizes of the axes; by default all processes share one copy of the weights. Raises UserError where they do not
+    multiply to the number of processes that were started. agree: called when ranks can talk to each other, before anything
+    hangs on their having been told the same.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    sizes = (layout or Layout()).sizes(world_size)
     if not dist.is_initialized():
+        if device.type != "cpu" and reports is not None:
+            start_flight_recorder(reports)
         backend = (
             "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
         )
         dist.init_process_group(
             backend,
-            store=_store(world_size),
+            store=_store(rank, world_size, timeout_seconds),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    devices = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    return Mesh(devices, device, Ranks(rank, world_size))
+    ranks = Ranks(rank, world_size)
+    if agree is not None:
+        agree(ranks)
+    devices = init_device_mesh(device.type, (layout or Layout()).sizes(world_size), mesh_dim_names=AXES)
+    return Mesh(devices, device, ranks)
 
 
-def _store(world_size: int) -> Store:
-    """Where processes find each other. After a restart by torchrun they must not read the addresses of the dead."""
+def _store(rank: int, world_size: int, timeout_seconds: float) -> Store:
+    """Where processes find each other."""
     if world_size == 1:
         return HashStore()
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return fresh_store(connect_store(timeout_seconds), rank, world_size)
+
+
+def connect_store(timeout_seconds: float, may_keep_it: bool = True) -> TCPStore:
+    """A connection to the store that torchrun's agent keeps; where none does, rank 0 keeps it from its first connection on."""
+    address, port, world_size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["WORLD_SIZE"]
     agent_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_host = not agent_keeps_it and os.environ.get("RANK") == "0"
-    store = TCPStore(address, port, world_size=None if agent_keeps_it else world_size, is_master=is_host)
-    return PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return TCPStore(
+        address,
+        port,
+        world_size=None if agent_keeps_it or not may_keep_it else int(world_size),
+        is_master=may_keep_it and not agent_keeps_it and os.environ.get("RANK") == "0",
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def fresh_store(store: TCPStore, rank: int, world_size: int) -> Store:
+    """A part of `store` that no process of an earlier attempt has written to.
+
+    torchrun keeps one store over restarts, where processes would read the addresses of the dead; and a node that was lost
+    and came back counts restarts from 0, so the number of the attempt does not tell attempts apart. Every rank leaves a
+    word that is its own, and rank 0 answers it with the name of this attempt until all have taken the name.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"here/{rank}", own)
+        attempt = store.get(f"name/{own}").decode()  # waits for it
+        store.set(f"taken/{attempt}/{rank}", "")
+        return PrefixStore(attempt, store)
+    missing, answered = set(range(1, world_size)), set()
+    deadline = time.monotonic() + store.timeout.total_seconds()  # type: ignore[attr-defined]
+    while missing and time.monotonic() < deadline:
+        for other in [one for one in missing if store.check([f"here/{one}"])]:
+            word = store.get(f"here/{other}").decode()
+            if word not in answered:
+                store.set(f"name/{word}", own)
+                answered.add(word)
+        missing = {one for one in missing if not store.check([f"taken/{own}/{one}"])}
+        time.sleep(0.01)
+    return PrefixStore(own, store)  # ranks that never came are missed by whoever waits for them next
 
 
 def stop_mesh() -> None:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.configs.layout import split_block
+from tunesmith.errors import UserError
 from tunesmith.nn.collectives import Group, copied, gathered, scattered_sum, shared_sum, summed
 from tunesmith.nn.head import Head, VocabularyShard
 from tunesmith.nn.linear import linear
@@ -97,7 +99,7 @@ def _cut(module: nn.Module, word: str, pieces: tuple[int, ...], group: Group) ->
         if part := _part_of("weight", whole, word, pieces, group):
             parts["weight"] = part
             module.out_features, module.in_features = part.local_shape
-            _check_blocks(part)
+            _check_blocks(part, group.size())
             blocks = part.local_shape.numel() // BLOCK_SIZE
             quantized = torch.empty(blocks, module.weight_nf4.shape[1], dtype=torch.uint8, device="meta")
             module.weight_nf4 = nn.Parameter(quantized, requires_grad=False)
@@ -132,11 +134,11 @@ def _even_pieces(outputs: int, pieces: tuple[int, ...], group: Group) -> Iterato
         start += size
 
 
-def _check_blocks(part: Part) -> None:
+def _check_blocks(part: Part, ranks: int) -> None:
     rows, columns = part.local_shape
     aligned = columns if part.columns is not None else rows * columns
     if aligned % BLOCK_SIZE or any(((stop - start) * columns) % BLOCK_SIZE for start, stop in part.rows):
-        raise ValueError(f"a part of shape {(rows, columns)} does not end on the edge of a block of {BLOCK_SIZE}")
+        raise UserError(split_block(ranks, f"{rows} x {columns} numbers of a matrix of {tuple(part.shape)}"))
 
 
 def _partial(module: nn.Module, word: str) -> list[str]:

@@ -25,13 +25,16 @@ ADAPTER_FILE = "adapter_config.json"
 _ADAPTER_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
-def check(config: Any) -> list[str]:
+def check(config: Any, processes: int | None = None, folder_is_checked_later: bool = False) -> list[str]:
     """Check a loaded config against the machine and its files; returns what could not be checked yet.
 
-    Raises ConfigError with one line per finding.
+    processes: how many the run will have; 0 where that is not known yet, None for as many as were started.
+    folder_is_checked_later: leave `output_dir` to the run itself: other nodes may write into it already. Raises ConfigError with one line per finding.
     """
     notes: list[str] = []
-    findings = [finding for part in _PARTS for finding in part(config, notes)]
+    parts = [part for part in _PARTS if not (folder_is_checked_later and part is _output)]
+    findings = [finding for part in parts for finding in part(config, notes)]
+    findings += _processes(config, processes)
     if findings:
         raise ConfigError("\n".join(dict.fromkeys(findings)))
     return notes
@@ -274,6 +277,7 @@ def _fit(config: Any, notes: list[str]) -> Iterator[str]:
         if (found := _shape(config)) is None:
             return
         family, shape = found
+        yield from layout_problems(config, shape)
         if config.weights.type == "lora" and config.weights.adapter is None:
             choose_layers(*family.adaptable_layers(shape.num_hidden_layers), config.weights.target_modules)
         check_vocabulary(config, config.model, shape.vocab_size, _count_tokens(config, shape.vocab_size))
@@ -282,6 +286,16 @@ def _fit(config: Any, notes: list[str]) -> Iterator[str]:
         return
     if warning := warn_of_length(config, shape):
         notes.append(warning)
+
+
+def layout_problems(config: Any, shape: DecoderConfig) -> Iterator[str]:
+    """One sentence for everything of the model's `shape` that the layout of a run that trains can't cut."""
+    yield from Layout.of(config).problems(shape, quantized=bool(_get(config, "weights", "quantize_base")))
+    if config.pipeline_parallel_dim > 1:
+        try:
+            stage_layers(config, shape.num_hidden_layers)
+        except UserError as error:
+            yield str(error)
 
 
 def _shape(config: Any) -> tuple[Family, DecoderConfig] | None:
@@ -448,51 +462,28 @@ def _output(config: Any, notes: list[str]) -> Iterator[str]:
             yield f"`output_dir`: {folder} can't be written to"
 
 
-def _layout(config: Any, notes: list[str]) -> Iterator[str]:
-    """Whether the layout fits the number of processes, where it is known, and the model."""
-    if not hasattr(config, "tensor_parallel_dim"):
+def _processes(config: Any, processes: int | None) -> Iterator[str]:
+    """Whether the layout fits the number of processes, where that is known."""
+    known = int(os.environ.get("WORLD_SIZE") or 0) if processes is None else processes
+    if not known or not hasattr(config, "tensor_parallel_dim"):
         return
-    layout = Layout.of(config)
-    if "WORLD_SIZE" in os.environ:
-        try:
-            layout.sizes(int(os.environ["WORLD_SIZE"]))
-        except UserError as error:
-            yield str(error)
-    if config.pipeline_parallel_dim > 1:
-        yield from _pipeline(config, layout)
-    if config.expert_parallel_dim > 1:
-        yield "`expert_parallel_dim`: there are no experts in the models that are supported yet; leave it at 1"
-
-
-def _pipeline(config: Any, layout: Layout) -> Iterator[str]:
-    """Whether the model's layers and the micro-batches of a step fit the pipeline, as far as they are known."""
-    if (layers := _num_layers(config)) is not None:
-        try:
-            stage_layers(config, layers)
-        except UserError as error:
-            yield str(error)
-    if config.global_batch_size is not None and "WORLD_SIZE" in os.environ:
-        try:
-            _, replicas, shards, *_ = layout.sizes(int(os.environ["WORLD_SIZE"]))
-        except UserError:  # said already
-            return
+    try:
+        _, replicas, shards, *_ = Layout.of(config).sizes(known)
+    except UserError as error:
+        yield str(error)
+        return
+    if config.pipeline_parallel_dim > 1 and config.global_batch_size is not None:
         yield from micro_batch_problems(config, config.global_batch_size // (config.batch_size * replicas * shards))
 
 
-def _num_layers(config: Any) -> int | None:
-    """Of the model; None where that is not known yet, or is reported elsewhere."""
-    from tunesmith.models.families import model_config, named_sizes
-
-    folder = follow_latest(Path(config.model).expanduser())
-    try:
-        if folder.is_dir():
-            return model_config(folder)[2].num_hidden_layers
-        if config.model in (sizes := named_sizes()):
-            family, numbers, _ = sizes[config.model]
-            return family.read_config({**numbers, **(getattr(config, "model_args", None) or {})}).num_hidden_layers
-    except UserError:
-        pass
-    return None
+def _layout(config: Any, notes: list[str]) -> Iterator[str]:
+    """What of the layout the options alone tell."""
+    if not hasattr(config, "tensor_parallel_dim"):
+        return
+    if problem := Layout.of(config).length_problem(config.tokenizer.max_seq_len, config.sequence_parallel):
+        yield problem
+    if config.expert_parallel_dim > 1:
+        yield "`expert_parallel_dim`: there are no experts in the models that are supported yet; leave it at 1"
 
 
 _EXTRAS = {

@@ -15,12 +15,14 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,15 +49,17 @@ from tunesmith.parallel.device import memory_counts, peak_memory_gib, pick_devic
 from tunesmith.parallel.mesh import Mesh, Ranks, start_mesh, stop_mesh
 from tunesmith.training.build import Source, construct_model
 from tunesmith.training.flops import Flops, peak_tflops, training_flops
-from tunesmith.training.folder import claim, environment, unclaim
+from tunesmith.training.folder import check_shared, claim, environment, unclaim
 from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check, is_restart, warn_of_another_base, warn_of_length
+from tunesmith.training.preflight import check, layout_problems, warn_of_another_base, warn_of_length
 from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
 from tunesmith.training.signals import end_on_sigterm, stop_on_signal
 from tunesmith.training.step import StepStats
+from tunesmith.training.watchdog import FOLDER as HANG_FOLDER
+from tunesmith.training.watchdog import Watchdog, noticing_lost_ranks
 
 T = TypeVar("T")
 
@@ -63,10 +67,19 @@ T = TypeVar("T")
 class Run:
     """What a recipe's loop needs around it. Made by `start_run`."""
 
-    def __init__(self, config: TrainSettings, recipe: str, mesh: Mesh, folder: Path, resume_from: Path | None = None):
+    def __init__(
+        self,
+        config: TrainSettings,
+        recipe: str,
+        mesh: Mesh,
+        folder: Path,
+        watchdog: Watchdog,
+        resume_from: Path | None = None,
+    ):
         self.config, self.recipe, self.mesh, self.folder = config, recipe, mesh, folder
         self.device, self.resume_from = mesh.device, resume_from
         self._resumed_step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else None
+        self._watchdog = watchdog
         self._signal: int | None = None
         """The signal that came to this rank."""
         self._ending: int | None = None
@@ -86,12 +99,16 @@ class Run:
         self._check_saved: Callable[[Path], float | None] | None = None
 
     def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
-        """Before data are read: raise UserError where model, tokenizer and adapter don't fit together, warn where they may not."""
+        """Before data are read: raise UserError where model, tokenizer, adapter and layout don't fit together, warn where they may not."""
+        self._watchdog.at(0, "reading model and data")
+        shape = source.family.read_config(source.hf_config)
+        if problems := list(layout_problems(self.config, shape)):
+            raise UserError("\n".join(problems))
         model, _ = construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
         if isinstance(self.config.weights, LoRAWeights):
             freeze_base(model)
         self._flops = training_flops(model)
-        warnings = [warn_of_length(self.config, source.family.read_config(source.hf_config))]
+        warnings = [warn_of_length(self.config, shape)]
         if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
             warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
         for warning in filter(None, warnings):
@@ -124,6 +141,7 @@ class Run:
         with tracing as trace, stop_on_signal(self._ask_to_stop):
             for step in range(done + 1, total + 1):
                 reset_peak_memory(self.device)
+                self._watchdog.at(step, "beginning")
                 self._step_started, self._data_seconds = time.perf_counter(), 0.0
                 yield step
                 trace.step()
@@ -139,12 +157,16 @@ class Run:
 
     def _ask_to_stop(self, number: int) -> None:
         self._signal = number
-        name = "interrupted" if number == signal.SIGINT else "asked to end"
-        self.note(f"{name}: saving after this step (once more ends at once, without saving)")
+        if number == signal.SIGINT:
+            self.note("interrupted: saving after this step (once more ends at once, without saving)")
 
     def _agree_to_end(self) -> bool:
         """Whether a signal came to any rank: all end after the same step."""
-        self._ending = self._ending or int(self.mesh.max([self._signal or 0])[0]) or None
+        before = self._ending
+        self._ending = before or int(self.mesh.max([self._signal or 0])[0]) or None
+        if before is None and self._ending not in (None, signal.SIGINT):
+            # Said only now: torchrun also sends SIGTERM to the ranks that are left when one has died.
+            self.note("asked to end: saving (once more ends at once, without saving)")
         return self._ending is not None
 
     @property
@@ -159,8 +181,10 @@ class Run:
 
     def next(self, read: Callable[[int], T], step: int) -> T:
         """`read(step)`, its time counted as waiting for data."""
+        self._watchdog.at(step, "reading data")
         started = time.perf_counter()
         result = read(step)
+        self._watchdog.at(step, "training")
         self._data_seconds += time.perf_counter() - started
         return result
 
@@ -214,6 +238,7 @@ class Run:
         """Compute and log the validation loss where it is due."""
         assert self._metrics is not None
         if self.due(self.config.run_val_every_n_steps, step):
+            self._watchdog.at(step, "validating")
             loss = compute()
             self._metrics.log(step, {"val_loss": loss})
             self.note(f"step {step}: validation loss {loss:.4f}")
@@ -222,6 +247,7 @@ class Run:
         """Save a checkpoint every save_every_n_steps, at the end, and when the run was asked to stop."""
         assert self._checkpoints is not None
         if self._agree_to_end() or self.due(self.config.save_every_n_steps, step):
+            self._watchdog.at(step, "saving")
             if self._metrics is not None:
                 self._metrics.sync()
             self._checkpoints.save(step)
@@ -285,6 +311,7 @@ class Run:
         Ends the process where a signal asked the run to stop: exit code 130 or 143, the checkpoint saved.
         """
         assert self._checkpoints is not None and self._metrics is not None and self._check_saved is not None
+        self._watchdog.at(self._total, "finishing")
         self._checkpoints.close()
         self._metrics.close()
         self._progress.close()
@@ -299,9 +326,10 @@ class Run:
                 f"{'saved' if self._ending is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
                 file=sys.stderr,
             )
+        if self._ending is not None and self.mesh.is_main:
+            print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
+        self.mesh.ranks.barrier()  # torchrun ends all when one ends with a signal's exit code: not before the report is written
         if self._ending is not None:
-            if self.mesh.is_main:
-                print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
             raise SystemExit(128 + self._ending)
         return folder
 
@@ -323,24 +351,29 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
     """
     device = pick_device(config.device)
     folder = Path(config.output_dir)
-    resumes = config.resume_from_checkpoint or is_restart()
     run: Run | None = None
     with contextlib.ExitStack() as stack:
         stack.callback(stop_mesh)
-        mesh = start_mesh(device, Layout.of(config), config.dist_timeout_seconds)
-        check_same_everywhere(mesh, config)
-        mesh.ranks.on_all(lambda: check(config))
-        lock = mesh.ranks.from_main(lambda: claim(folder, resumes))
+        agree = partial(check_same_everywhere, config=config)
+        with noticing_lost_ranks(lambda: "at the start"):
+            # The watchdog, who knows more, speaks before a message is given up.
+            patience = config.dist_timeout_seconds + 15
+            mesh = start_mesh(device, Layout.of(config), patience, agree, reports=str(folder / HANG_FOLDER))
+        watchdog = Watchdog(mesh, folder, config.dist_timeout_seconds)
+        stack.callback(watchdog.close)
+        stack.enter_context(noticing_lost_ranks(watchdog.where))
+        mesh.ranks.on_all(lambda: check(config, folder_is_checked_later=True))
+        resumes = mesh.ranks.from_main(lambda: stack.enter_context(_claimed(folder, config.resume_from_checkpoint)))
         try:
-            if mesh.is_main:
-                stack.callback(os.close, lock)
+            check_shared(folder, mesh.ranks)
             stack.enter_context(end_on_sigterm())
             resume_from = mesh.ranks.from_main(lambda: newest_checkpoint(folder)) if resumes else None
             _draw_seed(config, resume_from, mesh)
             if resume_from is not None:
+                check_seen_everywhere(resume_from, mesh.ranks)
                 mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
             seed_everything((config.seed or 0) + mesh.dp_rank, config.deterministic)
-            run = Run(config, recipe, mesh, folder, resume_from)
+            run = Run(config, recipe, mesh, folder, watchdog, resume_from)
             stack.callback(run.close)
             with run.memory_snapshots:
                 yield run
@@ -350,16 +383,63 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
             raise
 
 
-def check_same_everywhere(mesh: Mesh, config: TrainSettings) -> None:
-    """Raise UserError on every rank where one has another config or other versions."""
-    own = {"tunesmith": tunesmith.__version__, "torch": torch.__version__, "the config": dump_config(config)}
-    for rank, other in enumerate(all_of := mesh.ranks.gather(own)):
-        for what, value in other.items():
-            if value != all_of[0][what]:
-                known = "" if what == "the config" else f" ({value} instead of {all_of[0][what]})"
+@contextlib.contextmanager
+def _claimed(folder: Path, resume: bool) -> Iterator[bool]:
+    """Hold the run folder; gives whether the run goes on with what is in it."""
+    held = claim(folder, resume)
+    clean = False
+    try:
+        yield held.resumes
+        clean = True
+    except (UserError, SystemExit):
+        clean = True
+        raise
+    finally:
+        held.release(clean)
+
+
+def check_same_everywhere(ranks: Ranks, config: TrainSettings) -> None:
+    """Raise the same UserError on every rank where one has another config or other versions."""
+    own = {
+        "tunesmith": tunesmith.__version__,
+        "torch": torch.__version__,
+        "config": dump_config(config),
+        "host": platform.node(),
+    }
+    first, *others = ranks.gather(own)
+    for rank, other in enumerate(others, 1):
+        for what in ("tunesmith", "torch", "config"):
+            if other[what] != first[what]:
+                pair = (other[what], first[what]) if what != "config" else _first_difference(other[what], first[what])
                 raise UserError(
-                    f"rank {rank} has another version of {what} than rank 0{known}: start all with the same"
+                    f"rank {rank} (on {other['host']}) has another {'config' if what == 'config' else f'version of {what}'} than "
+                    f"rank 0 (on {first['host']}): {pair[0]} instead of {pair[1]}; start all with the same"
                 )
+
+
+def _first_difference(one: str, other: str) -> tuple[str, str]:
+    """The first line in which two configs differ, of each."""
+    pairs = zip_longest(one.splitlines(), other.splitlines(), fillvalue="nothing")
+    return next((_option(a), _option(b)) for a, b in pairs if a != b)
+
+
+def _option(line: str) -> str:
+    """A line of a config without its comment."""
+    return f"`{line.partition('  #')[0].strip()}`"
+
+
+def check_seen_everywhere(folder: Path, ranks: Ranks) -> None:
+    """Raise the same UserError on every rank where one does not see the checkpoint in `folder` whole, as rank 0 does."""
+    own = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    (first, main_host), *others = ranks.gather((own, platform.node()))
+    for rank, (seen, host) in enumerate(others, 1):
+        different = [name for name in sorted({*seen, *first}) if seen.get(name) != first.get(name)]
+        if different:
+            what = "is absent" if not seen else f"{different[0]} is absent or of another size"
+            raise UserError(
+                f"{folder} is not the same for all: on {host} (rank {rank}) {what}, unlike on {main_host} (rank 0); "
+                "`output_dir` must be a folder that all nodes share, or be copied whole to each"
+            )
 
 
 def _draw_seed(config: TrainSettings, resume_from: Path | None, mesh: Mesh) -> None:
