@@ -1,5 +1,6 @@
 # make quickstart   set up, then fine-tune the model that ships in the package and show what it learned
-# make test         set up, then run all tests
+# make test         set up, then run the tests
+# make test-all     the long matrices: every combination of layout, recipe, weights, packing and micro-batch
 # make check        lint, format and types
 # make benchmark    side by side with transformers and TRL; prints a table (minutes)
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check format benchmark clean
+.PHONY: quickstart test test-all check format benchmark clean
 
 .venv/base: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,7 +29,10 @@ quickstart: .venv/base
 	@$(BIN)/python -m tunesmith.recipes.quickstart
 
 test: .venv/test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+test-all: .venv/test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 check: .venv/test
 	@$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -21,10 +22,11 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template*",
     "additional_chat_templates/*",
-    "config.json",
-    "generation_config.json",
 )
-"""What a tokenizer may consist of, and the two small files that say what goes with it."""
+"""What a tokenizer may consist of."""
+
+TOKENIZER_AND_SETTINGS = (*TOKENIZER_FILES, "config.json", "generation_config.json")
+"""The same with the two small files that say what goes with it."""
 
 UNUSED_FILES = ("*.bin", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.tflite", "*.ot")
 """The same weights in formats that are never read here."""
@@ -157,6 +159,14 @@ def download_from_kaggle(handle: str) -> Path:
         ) from error
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file} of an index of weight files. Raises UserError where it is damaged."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: damaged (no weight_map can be read); download it again")
+    return weight_map
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; UserError where it is missing, damaged or no object."""
     path = Path(path)
@@ -171,3 +181,26 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; download it again")
     return content
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """A digest that tells model folders apart without reading them whole: configuration, tensor tables, file sizes, and the ends of each file."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [
+            *folder.glob("*.safetensors"),
+            *folder.glob("*.pth"),
+            *folder.glob("*.distcp"),
+            *folder.glob("pytorch_model*.bin"),
+            folder / "config.json",
+        ]
+    ):
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]

@@ -235,7 +235,9 @@ def test_broken_index(tmp_path):
     path.write_text(json.dumps(index))
     fails(tmp_path, "model.other.weight", first, "which it does not")
     path.write_text("{")
-    fails(tmp_path, "is no index of weight files")
+    fails(tmp_path, str(path), "not valid JSON")
+    path.write_text('{"weight_map": {"a": 3}}')
+    fails(tmp_path, str(path), "no weight_map can be read")
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1, -4000])
@@ -475,3 +477,16 @@ def test_biases_and_real_model(assets):
         expected = theirs(probe_ids(512)).logits
     assert_close(probe_logits(ours), expected)
     assert isinstance(ours.lm_head, nn.Module) and "lm_head.weight" not in ours.state_dict()
+
+
+def test_a_tokenizers_files_in_folders_are_verified_where_they_are(tmp_path):
+    class Several:
+        def save(self, folder):
+            path = Path(folder) / "additional_chat_templates" / "tool_use.jinja"
+            path.parent.mkdir()
+            path.write_text("template")
+            return [path]
+
+    digests = hf.save_tokenizer(Several(), tmp_path)
+    assert list(digests) == ["additional_chat_templates/tool_use.jinja"]
+    verify(tmp_path, digests)

@@ -46,6 +46,7 @@ def test_version_and_unknown_verbs(capsys):
     assert tune(capsys, "--version")[1].startswith("tunesmith 0.")
     code, out, err = tune(capsys, "rnu", "sft")
     assert code == 2 and not out and "did you mean `run`?" in err and err.count("\n") == 1
+    assert tune(capsys, "sft", "model=m")[::2] == (2, "`sft` is a recipe: write `tune run sft …`\n")
 
 
 def test_ls(capsys):

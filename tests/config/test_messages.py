@@ -134,7 +134,7 @@ CASES: dict[str, tuple[dict[str, str | bytes], list[str]]] = {
     "nothing_finite": ({}, ["sft", *NEEDED, "optimizer.lr=.nan", "weights.type=lora", "weights.alpha=.inf"]),
     "torchtune_without_counterpart": (
         {},
-        "lora_finetune_single_device --config llama3_2/1B_lora_single_device fsdp_cpu_offload=True model.lora_attn_modules=[w_proj] "
+        "lora_finetune_single_device --config llama3_2/1B_lora_single_device fp8_recipe_name=rowwise model.lora_attn_modules=[w_proj] "
         "checkpointer.recipe_checkpoint=x.pt loss=torchtune.modules.loss.ForwardKLLoss dataset=torchtune.datasets.vqa_dataset".split(),
     ),
     "torchtune_unknown_size": ({}, ["full_finetune_distributed", "--config", "llama3_2/8B_full"]),

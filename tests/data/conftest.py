@@ -52,7 +52,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def mesh(rank=0, size=1):
-    return SimpleNamespace(dp_rank=rank, dp_size=size, device=torch.device("cpu"))
+    return SimpleNamespace(dp_rank=rank, dp_size=size, device=torch.device("cpu"), node_first=lambda make: make())
 
 
 def open_chat(data, rank=0, size=1, tokenizer=None, max_seq_len=64, validation=False, **options):

@@ -8,9 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.data.conftest import Words, open_chat, write_chats
+from tests.data.conftest import Words, documents, open_chat, open_text, write_chats, write_lines
 from tunesmith.data import cache as caching
-from tunesmith.data.cache import Reading, cached
+from tunesmith.data import documents as documents_module
+from tunesmith.data.cache import Reading, Skipped, cached
 from tunesmith.errors import UserError
 
 DOCUMENTS = [(0, [5, 6, 7], [False, True, False]), (2, [8, 9], None)]
@@ -18,7 +19,7 @@ DOCUMENTS = [(0, [5, 6, 7], [False, True, False]), (2, [8, 9], None)]
 
 def make(reading):
     reading.rows = 3
-    reading.skip("empty answer", "a.jsonl:2")
+    reading.skip("empty answer", 1, "a.jsonl:2")
     yield DOCUMENTS[:1]
     yield []
     yield DOCUMENTS[1:]
@@ -30,7 +31,7 @@ def check(documents):
     assert documents.ends.tolist() == [3, 5] and documents.starts.tolist() == [0, 3]
     assert documents.rows.tolist() == [0, 2]
     assert documents.lasts.tolist() == [1, 1] and documents.trained.tolist() == [1, 1]
-    assert documents.reading == Reading(3, {"empty answer": (1, "a.jsonl:2")})
+    assert documents.reading == Reading(3, {"empty answer": Skipped(1, 1, "a.jsonl:2")})
 
 
 def test_the_second_time_nothing_is_made(own_cache):
@@ -148,6 +149,53 @@ def test_the_key_holds_all_that_decides_the_tokens(tmp_path):
     assert open_chat({"source": str(tmp_path / "b.jsonl")}).report.sources[0].from_cache
     write_chats(path, 21)
     assert not open_chat({"source": str(path)}).report.sources[0].from_cache
+
+
+def test_another_split_or_cut_of_a_file_is_another_key(tmp_path):
+    path = tmp_path / "a.json"
+    rows = [{"prompt": name, "completion": name} for name in ("a b", "c d e")]
+    path.write_text(json.dumps({"train": rows[:1] * 3, "test": rows[1:] * 3}))
+    train, test, again = (open_chat({"source": str(path), "split": split}) for split in ("train", "test", "test"))
+    assert [data.report.sources[0].from_cache for data in (train, test, again)] == [False, False, True]
+    assert set(documents(train.step(1))) != set(documents(test.step(1))) == set(documents(again.step(1)))
+    assert train.fingerprint != test.fingerprint == again.fingerprint
+    (tmp_path / "a.txt").write_text("a b c\n\nd e f g")
+    whole, cut = (open_text({"source": str(tmp_path / "a.txt"), "document_split": s}) for s in (None, "\n\n"))
+    assert [data.report.sources[0].documents for data in (whole, cut)] == [1, 2]
+    assert whole.fingerprint != cut.fingerprint
+
+
+def test_what_other_code_cached_is_not_taken(tmp_path, monkeypatch):
+    """Any module of tunesmith.data may change how a row is read."""
+    source = write_chats(tmp_path / "a.jsonl", 3)
+    open_chat({"source": source})
+    digest = documents_module.file_digest
+    for name in ("files.py", "sources.py", "splits.py", "formats.py", "chat_spans.py"):
+        monkeypatch.setattr(
+            documents_module, "file_digest", lambda path, name=name: "new" if path.name == name else digest(path)
+        )
+        assert not open_chat({"source": source}).report.sources[0].from_cache, name
+    monkeypatch.undo()
+
+
+def test_a_copy_of_a_file_is_named_in_what_the_cache_says_of_it(tmp_path):
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": ""}, {"prompt": 5, "completion": "c"}]
+    for name in ("a.jsonl", "b.jsonl"):
+        report = open_chat({"source": write_lines(tmp_path / name, rows)}).report.sources[0]
+        examples = {reason: example for reason, (_, example) in report.skipped.items()}
+        assert examples["empty answer"] == f"{tmp_path / name}:2: column `completion`"
+        assert examples["column `prompt` is not a list of messages"] == f"{tmp_path / name}:3: it is 5"
+    assert report.from_cache
+
+
+def test_a_source_that_cannot_be_read_is_no_matter_of_the_cache(own_cache, caplog):
+    def torn_off(reading):
+        yield DOCUMENTS
+        raise OSError(5, "Input/output error", "a.jsonl")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        cached(["key"], torn_off)
+    assert not caplog.text and not [path for path in own_cache.iterdir() if path.is_dir()]
 
 
 def test_a_user_error_is_no_matter_of_the_cache(tmp_path):

@@ -238,6 +238,7 @@ TRIMS = NO_END.replace("m.content + '\n\n'", "(m.content | trim) + eos_token")
 UPPER = NO_END.replace("m.content", "(m.content | upper)")
 HEADER_IS_STOP = """{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
 COUNTS = """{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}{{ messages[1].content | length }}"""
+COUNTS_IN_HEADER = """{% for m in messages %}{{ m.role + ' (' + m.content | length | string + '): ' + m.content + eos_token }}{% endfor %}"""
 TWICE = """{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + m.content }}{% endfor %}"""
 CHAT = [SYSTEM, ASK, ANSWER, MORE, END]
 
@@ -269,7 +270,7 @@ def test_unusual_templates_without_marks(source, expected):
         assert _shown(source, spaced, added) == expected
 
 
-@pytest.mark.parametrize("source", [COUNTS, TWICE])
+@pytest.mark.parametrize("source", [COUNTS, COUNTS_IN_HEADER, TWICE])
 def test_what_cannot_be_told_is_an_error_that_names_the_template(source):
     with pytest.raises(
         UserError, match=r"mine\.jinja does not show which part of its text is message \d .*generation %\}"

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from tests.data.conftest import write_lines
+from tests.data.conftest import open_chat, write_lines
 from tunesmith.configs.data import ChatData, TextData
 from tunesmith.data.named import NAMED, resolve
+from tunesmith.data.parts import open_parts
 from tunesmith.data.sources import open_rows
 from tunesmith.data.splits import cut, parse_split
 from tunesmith.errors import MissingExtra, UserError
@@ -78,6 +79,24 @@ def test_blank_lines_and_a_byte_order_mark_do_no_harm(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "b"}')
     assert rows(path) == [{"text": "a"}, {"text": "b"}]
     assert open_rows(ChatData(source=str(path))).place(1) == f"{path}:4"
+    path.write_text(f'{{"text": "a"}}\n{" " * 40}\n\t {{"text": "b"}}\n')
+    assert rows(path) == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_only_line_breaks_end_a_row_of_csv(tmp_path, ending):
+    odd = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+    (tmp_path / "a.csv").write_text(
+        ending.join(["prompt,completion", f"{odd},{odd}", "p,c", "1,2,3", ""]), encoding="utf-8", newline=""
+    )
+    said = message(tmp_path / "a.csv")
+    assert ":4: 3 values where the header has 2 columns" in said
+    content = (tmp_path / "a.csv").read_bytes().replace(f"1,2,3{ending}".encode(), b"")
+    (tmp_path / "a.csv").write_bytes(content)
+    expected = [{"prompt": odd, "completion": odd}, {"prompt": "p", "completion": "c"}]
+    assert rows(tmp_path / "a.csv") == expected
+    (part,), _ = open_parts(ChatData(source=str(tmp_path / "a.csv")))
+    assert [row for _, row in part.read(part.start, 9)[0]] == expected
 
 
 def test_text_files_are_documents(tmp_path):
@@ -166,21 +185,63 @@ def test_what_is_not_there(tmp_path):
     "name, content, words",
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ":2: not a JSON object"),
-        ("a.jsonl", b'{"text": "a"}\n[1]\n', ":2: a JSON list, not an object"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', ":2: list where an object with columns was expected"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ":2: not UTF-8"),
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', ":2: not JSON"),
         ("a.json", b'"text"', ": holds a JSON str"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", ":3: 3 values where the header has 2 columns (a, b)"),
         ("a.csv", b'a,b\n1,"2\n', ":2: not CSV"),
         ("a.txt", b"one\ntwo \xff", ":2: not UTF-8"),
-        ("a.parquet", b"PAR1 no", "not a readable parquet file"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08", "can't be decompressed"),
+        ("a.parquet", b"PAR1 no", "damaged or incomplete (Parquet"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "damaged or incomplete (Compressed file ended before the end-of-stream marker"),
     ],
 )
 def test_damaged_files_say_where(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     text = message(tmp_path / name)
     assert text.startswith(f"{tmp_path / name}") and words in text and "\n" not in text
+
+
+def damaged(path):
+    """A file of ROWS with some of its data spoilt, its ends whole; or cut off."""
+    cut = "cut" in path.name
+    content = bytearray(write(path).read_bytes())
+    if cut:
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        start = 4 if path.suffix == ".parquet" else 12
+        content[start : start + 40] = b"\xff" * 40
+        path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.parquet", "a.jsonl.gz", "cut.jsonl.gz", "a.csv.gz", "cut.csv.gz", "cut.json.bz2", "a.json.bz2", "cut.parquet"],
+)
+def test_damage_within_a_file_is_told_however_it_is_read(tmp_path, name):
+    path = damaged(tmp_path / name)
+    texts = [message(path)]
+    with pytest.raises(UserError) as caught:
+        first = open_parts(ChatData(source=str(path)))[0][0]
+        first.read(first.start, 99)
+    texts.append(str(caught.value))
+    with pytest.raises(UserError) as caught:
+        open_chat({"source": str(path)})
+    texts.append(str(caught.value))
+    for text in texts:
+        assert text.startswith(f"{path}: damaged or incomplete (") and text.endswith("); get the file again")
+
+
+def test_what_is_no_row_in_an_array_is_named_however_it_is_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, 5]')
+    expected = f"{path} row 2: int where an object with columns was expected; mend or remove it"
+    assert message(path) == expected
+    (part,), _ = open_parts(ChatData(source=str(path)))
+    with pytest.raises(UserError) as caught:
+        part.read(part.start, 9)
+    assert str(caught.value) == expected
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
@@ -252,6 +313,24 @@ def test_fingerprints_follow_the_content(tmp_path):
     assert open_rows(ChatData(source=str(path), split="[1:]")).fingerprint() != before
     write_lines(path, ROWS[::-1])
     assert open_rows(ChatData(source=str(path))).fingerprint() != before
+
+
+def test_fingerprints_tell_apart_what_one_file_can_give(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"train": ROWS[:5], "test": ROWS[5:]}))
+    (tmp_path / "a.txt").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    for name in ("a.jsonl", "a.csv", "a.tsv"):
+        (tmp_path / name).write_bytes((tmp_path / "a.txt").read_bytes())
+    opened = [
+        *(
+            open_rows(ChatData(source=str(tmp_path / "a.json"), split=s))
+            for s in ("train", "test", "train[:2]", "test[:2]")
+        ),
+        *(open_rows(TextData(source=str(tmp_path / "a.txt"), document_split=s)) for s in (None, "\n", "\n\n")),
+        *(open_rows(TextData(source=str(tmp_path / name))) for name in ("a.jsonl", "a.csv", "a.tsv")),
+    ]
+    assert len({source.fingerprint() for source in opened}) == len(opened)
+    whole, cut = (open_parts(TextData(source=str(tmp_path / "a.txt"), document_split=s))[1] for s in (None, "\n\n"))
+    assert whole != cut
 
 
 def test_names_stand_for_hub_data_sets():

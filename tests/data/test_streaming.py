@@ -270,6 +270,31 @@ def test_text_streams_are_packed_full(tmp_path):
     assert "packed into" in str(data.report) and data.report.sources[0].fill > 0.98
 
 
+def test_blocks_that_hold_nothing_are_passed_over(tmp_path):
+    """Behind the last row of a pass stands an empty block; and all rows of a block may be of no use."""
+    rows = [{"text": f"word{i} " * 30} for i in range(10)]
+    empty = [{"text": " "}] * 10
+    for name, content in (("exact", rows), ("first", empty + rows), ("middle", rows + empty + rows)):
+        source = write_lines(tmp_path / f"{name}.jsonl", content)
+        data = open_text({"source": source, "streaming": True, "shuffle_buffer": 10}, batch_size=4, max_steps=30)
+        seen = {int(i) for n in range(1, 31) for batch in data.step(n) for i in batch.labels[batch.labels > 9]}
+        assert seen == set(Words().encode(" ".join(row["text"] for row in rows))), name
+
+
+def test_half_a_surrogate_costs_its_row_only(tmp_path):
+    rows = [{"text": "one two three"}, {"text": "half \ud83d"}] * 20
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    options = {"batch_size": 4, "max_steps": 6}
+    for streaming in (False, True):
+        data = open_text({"source": source, "streaming": streaming}, **options)
+        for n in range(1, min(data.total_steps, 6) + 1):
+            data.step(n)
+        (count, example) = data.report.sources[0].skipped["text that is not Unicode"]
+        assert count >= 20 and "half a surrogate pair: 'half \\ud83d'" in example
+        with pytest.raises(UserError, match="text that is not Unicode.*mend the row"):
+            open_text({"source": source, "streaming": streaming, "on_bad_row": "error"}, **options).step(1)
+
+
 def test_the_hub_as_a_stream(monkeypatch):
     import datasets
 

@@ -5,6 +5,8 @@ import random
 import shutil
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from tunesmith.data import sentencepiece_files, tokenizer_files
 from tunesmith.data.stream_decoder import StreamDecoder
@@ -348,6 +350,58 @@ def test_broken_files(tmp_path):
     assert _message(tmp_path) == "PATH/merges.txt:3 must hold two tokens with a space between; download it again"
     (tmp_path / "tokenizer_config.json").write_text("[]")
     assert _message(tmp_path) == "PATH/tokenizer_config.json must hold a JSON object; download it again"
+
+
+ODD = [
+    5,
+    0,
+    True,
+    1.5,
+    "x",
+    [],
+    [1],
+    ["x"],
+    {},
+    {"a": 1},
+    {"content": 5},
+    {"5": "x"},
+    [{"name": "x"}],
+    [{"name": 1, "template": 2}],
+]
+
+
+def test_odd_values_in_the_files_are_told(tmp_path):
+    """Whatever stands in the JSON files beside tokenizer.json, it is read or told in one sentence that names its file."""
+    backend = Backend(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    keys = ["bos_token", "eos_token", "chat_template", "added_tokens_decoder", "additional_special_tokens"]
+    keys += ["extra_special_tokens", "add_bos_token", "tokenizer_class", "legacy"]
+    places = [("tokenizer_config.json", key) for key in keys]
+    places += [
+        ("special_tokens_map.json", "bos_token"),
+        ("added_tokens.json", "new"),
+        ("chat_template.json", "chat_template"),
+    ]
+    places += [
+        ("generation_config.json", "eos_token_id"),
+        ("config.json", "eos_token_id"),
+        ("config.json", "text_config"),
+    ]
+    refused = set()
+    for file, key in places:
+        for value in ODD:
+            (tmp_path / file).write_text(json.dumps({key: value}))
+            try:
+                assert load_tokenizer(tmp_path).vocab_size >= 3
+            except UserError as error:
+                assert str(tmp_path) in str(error) and "\n" not in str(error), (file, key, value)
+                refused.add((file, key))
+        (tmp_path / file).unlink()
+    assert {("tokenizer_config.json", "bos_token"), ("tokenizer_config.json", "chat_template")} <= refused
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": 5, "chat_template": 7}')
+    assert _message(tmp_path) == (
+        "PATH/tokenizer_config.json: `bos_token` is 5, and must be text; mend the file or download it again"
+    )
 
 
 def test_several_models_in_a_folder(assets):

@@ -99,6 +99,9 @@ def test_unknown_architecture_names_the_known_ones():
         find_family({"architectures": ["Qwen3ForCausalLm"]}, "folder/config.json")
     assert "folder/config.json" in str(error.value) and "did you mean Qwen3ForCausalLM?" in str(error.value)
     assert "LlamaForCausalLM" in str(error.value)
+    with pytest.raises(UserError) as error:
+        find_family({"architectures": ["FooForCausalLM"]}, "config.json")
+    assert "FooForCausalLM is not among those known (" in str(error.value)
     with pytest.raises(UserError, match="names neither `architectures` nor a `model_type`"):
         find_family({}, "config.json")
     assert find_family({"model_type": "llama"}, "config.json").name == "llama"
@@ -122,6 +125,53 @@ def test_what_is_not_understood_is_refused(changes, message):
     with pytest.raises(UserError) as error:
         read({**LLAMA, **changes})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(hidden_size="64"), "`hidden_size` is '64', and must be a whole number above 0"),
+        (dict(num_attention_heads=0), "`num_attention_heads` is 0, and must be a whole number above 0"),
+        (dict(num_hidden_layers=-1), "`num_hidden_layers` is -1, and must be"),
+        (dict(vocab_size="512"), "`vocab_size` is '512', and must be"),
+        (dict(head_dim="8"), "`head_dim` is '8', and must be"),
+        (dict(head_dim=7), "heads have 7 features (`head_dim`), and rotary positions need pairs of them"),
+        (dict(head_dim=None, hidden_size=3), "heads have 0 features"),
+        (dict(rope_theta="abc"), "`rope_theta` is 'abc', and must be a number above 0"),
+        (dict(rope_parameters="x"), "`rope_parameters` is 'x', and must be an object"),
+        (dict(rope_parameters={"rope_type": 5}), "`rope_type` is 5, and must be text"),
+        (dict(rope_scaling={"type": "linear", "factor": "2"}), "`factor` is '2', and must be a number above 0"),
+        (dict(rms_norm_eps=True), "`rms_norm_eps` is True, and must be a number, 0 or more"),
+        (dict(tie_word_embeddings="no"), "`tie_word_embeddings` is 'no', and must be true or false"),
+        (dict(eos_token_id=["</s>"]), "`eos_token_id` is ['</s>'], and must be a whole number or a list of them"),
+        (dict(architectures="LlamaForCausalLM"), "`architectures` is 'LlamaForCausalLM', and must be a list of names"),
+        (dict(architectures=None, model_type=7), "`model_type` is 7, and must be text"),
+        (dict(architectures=["Qwen2ForCausalLM"], layer_types=["full_attention"]), "names 1 layers of 2"),
+        (
+            dict(partial_rotary_factor=0.5, rope_scaling={"type": "linear", "factor": 2.0}),
+            "with the rope type 'linear'",
+        ),
+    ],
+)
+def test_wrong_kinds_of_values_are_told(tmp_path, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    with pytest.raises(UserError) as error:
+        model_config(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/config.json: ") and message in str(error.value)
+
+
+def test_every_key_survives_every_kind_of_value(tmp_path):
+    """Whatever stands in a config.json, it is read or told in one sentence."""
+    odd = [None, 5, 0, -1, 1.5, True, "", "x", [], [1], ["x"], {}, {"a": 1}, {"rope_type": []}, [[]]]
+    for name, (_family, hf, _) in named_sizes().items():
+        if name.split("/")[0] in {"llama3_2", "mistral", "qwen2", "gemma2", "gemma3", "phi3", "olmo2"}:
+            for key in {*hf, "rope_parameters", "rope_scaling", "layer_types", "text_config", "head_dim"}:
+                for value in odd:
+                    (tmp_path / "config.json").write_text(json.dumps({**hf, key: value}))
+                    try:
+                        model_config(tmp_path)
+                    except UserError as error:
+                        assert str(error).count(str(tmp_path)) == 1
 
 
 def test_what_does_nothing_is_ignored():

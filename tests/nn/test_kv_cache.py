@@ -37,6 +37,18 @@ def test_ragged_rows_and_padding():
     assert (keys[0, :3] == 0).all() and (keys[1, 2:6] == 0).all()
 
 
+def test_a_part_lies_in_the_memory_of_the_whole():
+    cache = KVCache(CONFIG, 3, 6)
+    new = torch.randn(2, 4, 1, 4)
+    part = cache.part(slice(1, 3))
+    part.write(0, new, -new, None)
+    part.advance(4, None)
+    assert part.length.tolist() == [4, 4] and cache.length.tolist() == [0, 0, 0]
+    cache.length = torch.tensor([0, 4, 4])
+    keys, values = cache.read(0, 0, cache.end)
+    assert torch.equal(keys[1:], new.transpose(1, 2)) and torch.equal(values, -keys) and not keys[0].any()
+
+
 def test_lengths():
     cache = KVCache(CONFIG, 3, 6)
     cache.advance(4, None)

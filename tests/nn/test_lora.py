@@ -8,6 +8,7 @@ from torch import nn
 
 from tunesmith.errors import UserError
 from tunesmith.nn.head import Head
+from tunesmith.nn.linear import Linear
 from tunesmith.nn.lora import (
     NF4LoRALinear,
     adapter_layers,
@@ -164,7 +165,7 @@ def test_merging_keeps_the_outputs(use_dora, tied):
     assert len(names) == 5
     assert not adapter_layers(model) and not adapter_state(model)
     assert type(model.lm_head) is Head and model.lm_head.tied_to is None
-    assert type(model.layers["0"].q_proj) is nn.Linear
+    assert type(model.layers["0"].q_proj) is Linear
     assert_close(model(IDS), before)
     assert sorted(model.state_dict()) == sorted(PlainModel().state_dict())
 

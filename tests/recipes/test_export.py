@@ -1,6 +1,7 @@
 """Export end to end: adapters merged, number types and shards changed, mistakes refused; transformers and PEFT agree with the result."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,16 @@ def test_tokenizer_saved_with_the_adapter_is_preferred(base, tmp_path):
     run(adapter, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"from": "adapter"}'
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "template"
+
+
+def test_every_file_of_a_tokenizer_comes_along(base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    for name in ("qwen.tiktoken", "tokenizer.model.v3", "additional_chat_templates/tool_use.jinja"):
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_text(name)
+    run(tmp_path / "model", tmp_path / "out")
+    for name in ("qwen.tiktoken", "tokenizer.model.v3", "additional_chat_templates/tool_use.jinja"):
+        assert (tmp_path / "out" / name).read_text() == name
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

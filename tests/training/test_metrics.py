@@ -186,6 +186,16 @@ def test_mlflow_in_a_database_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert run.data.params["optimizer.type"] == "adamw" and run.info.status == "FINISHED"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_without_an_address_writes_into_the_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    write_steps(tmp_path / "run", 1, 1, config=Config(shared.MLflow()))
+    assert (tmp_path / "run/mlflow.db").is_file() and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 class Recorder:
     """A third party's logger."""
 

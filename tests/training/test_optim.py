@@ -128,9 +128,8 @@ def test_a_state_that_can_not_be_saved_is_named(value):
 
 def test_vectors_are_not_decayed():
     model = network()
-    optimizer = build_optimizer(
-        model, TrainSettings(dtype="fp32", optimizer=shared.AdamW(weight_decay=0.1)), 1, start_mesh(torch.device("cpu"))
-    )
+    settings = TrainSettings(dtype="fp32", optimizer=shared.AdamW(weight_decay=0.1))
+    optimizer = build_optimizer(model, settings, 1, start_mesh(torch.device("cpu")))
     decay = {
         id(p): group["weight_decay"] for o in optimizer._optimizers for group in o.param_groups for p in group["params"]
     }
@@ -146,10 +145,29 @@ def test_wrong_third_party_optimizers_are_named():
     for kind, options, text in [
         ("torch.optim.Nope", {}, "can't be imported"),
         ("torch.optim.SGD", {"momentun": 1}, "momentun"),
+        ("torch.optim.LBFGS", {}, "needs a closure"),
     ]:
         settings = TrainSettings(dtype="fp32", optimizer=shared.ThirdPartyOptimizer(kind, options=options))
         with pytest.raises(UserError, match=text):
             build_optimizer(network(), settings, 1, start_mesh(torch.device("cpu")))
+
+
+def test_muon_is_torchs():
+    ours, theirs = network(), network()
+    settings = TrainSettings(dtype="fp32", optimizer=shared.Muon(lr=1e-2, weight_decay=0.1))
+    optimizer = build_optimizer(ours, settings, 3, start_mesh(torch.device("cpu")))
+    matrices, vectors = [theirs[0].weight, theirs[2].weight], [theirs[0].bias, theirs[2].bias]
+    muon = torch.optim.Muon(matrices, 1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    others = torch.optim.AdamW(vectors, 1e-2, weight_decay=0.0)
+    for step in range(1, 4):
+        run(ours, optimizer, [step])
+        inputs = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
+        theirs(inputs).square().mean().backward()
+        for one in (muon, others):
+            one.step()
+            one.zero_grad()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def trained(state_dtype=None, dtype=torch.float32, steps=6, **more):

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tunesmith.checkpoint.adapter import read_adapter_config
 from tunesmith.config import load_config
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, UserError
 from tunesmith.training import preflight
 
 
@@ -119,10 +120,11 @@ def test_missing_shards(model):
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     said = "model: 2 of 3 weight files are missing (model-00002-of-00003.safetensors, model-00003-of-00003.safetensors); download the model again"
     assert findings("sft") == [said]
+    for content in ("[]", "{}", '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}'):
+        (model / "model.safetensors.index.json").write_text(content)
+        assert len(findings("sft")) == 1 and findings("sft")[0].startswith("model/model.safetensors.index.json: ")
     (model / "model.safetensors.index.json").write_text("{")
-    assert findings("sft") == [
-        "model/model.safetensors.index.json: damaged (no weight_map can be read); download it again"
-    ]
+    assert "model/model.safetensors.index.json: not valid JSON" in findings("sft")[0]
 
 
 def test_folders_that_are_no_model(model):
@@ -190,6 +192,60 @@ def test_adapters(model):
     assert findings("export", "model=adapter", "base=model", "output_dir=out") == []
     Path("adapter/adapter_config.json").write_text("{}")
     assert "names no base model" in findings("export", "model=adapter", "output_dir=out")[0]
+
+
+def test_an_adapter_of_another_base(model):
+    """It loads, where the shapes are the same: that it was made for another model is worth a sentence."""
+    Path("adapter").mkdir()
+    shutil.copytree(model, "copies/model-b")
+    shutil.copytree(model, "copies/other")
+    change_config(Path("copies/other"), rope_theta=5e5)
+
+    def warning(named: str, base: str) -> str | None:
+        Path("adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+        return preflight.warn_of_another_base(Path("adapter"), base)
+
+    for named, base in (
+        ("model", str(Path("model").resolve())),
+        ("model", "copies/model-b"),  # the same weights
+        ("owner/Model-B", "copies/model-b"),
+        ("owner/model-b", "/cache/models--owner--model-b/snapshots/0123abc"),
+        ("/gone/model-b/", "owner/model-b"),
+    ):
+        assert warning(named, base) is None, (named, base)
+    for named, base in (("copies/other", "model"), ("owner/model-a", "copies/model-b"), ("owner/a", "owner/b")):
+        assert (warning(named, base) or "").startswith(
+            f"the adapter in adapter was made for {named}, and is put on {base}"
+        )
+    shutil.copy(model / "model.safetensors", "adapter/adapter_model.safetensors")
+    Path("adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "copies/other"}))
+    config = load_config(
+        "sft", "model=model", "dataset.source=chats.jsonl", "weights.type=lora", "weights.adapter=adapter"
+    )
+    assert any("was made for copies/other" in note for note in preflight.check(config))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"r": "x"}, "`r` is 'x', and must be a whole number above 0"),
+        ({"r": 0}, "`r` is 0, and must be a whole number above 0"),
+        ({"lora_alpha": "x"}, "`lora_alpha` is 'x', and must be a number"),
+        (
+            {"rank_pattern": {"q_proj": "x"}},
+            "`rank_pattern` is {'q_proj': 'x'}, and must be an object of whole numbers",
+        ),
+        ({"base_model_name_or_path": 5}, "`base_model_name_or_path` is 5, and must be text"),
+    ],
+)
+def test_wrong_kinds_of_values_in_adapter_config(model, content, message):
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **content}))
+    expected = f"adapter/adapter_config.json: {message}"
+    assert findings("sft", "weights.type=lora", "weights.adapter=adapter") == [expected]
+    with pytest.raises(UserError) as error:
+        read_adapter_config("adapter")
+    assert str(error.value) == expected
 
 
 def change_config(model: Path, **numbers) -> None:
@@ -277,6 +333,10 @@ def test_data(model):
     assert "`dataset_val.source`: there is no file val.csv" in findings("sft", "dataset_val.source=val.csv")[0]
     assert "`dataset` is an empty list" in findings("sft", "dataset=[]")[0]
     assert "no module nopackage" in findings("sft", "dataset.reader=nopackage.read")[0]
+    Path("own.py").write_text("def read(source, split):\n    yield {}\n")
+    for file in ("own.py", "./own.py", str(Path("own.py").resolve())):
+        assert findings("sft", f"dataset.reader={file}:read") == []
+    assert findings("sft", "dataset.reader=./none.py:read") == ["`dataset.reader`: there is no file ./none.py"]
 
 
 def test_a_layout_that_does_not_fit_the_number_of_processes_is_refused_before_they_meet(model, monkeypatch):

@@ -180,6 +180,17 @@ def test_durations():
     ]
 
 
+def test_a_reader_that_goes_away_does_not_end_the_run():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        progress = Progress(3, stream=stream)
+        for step in (1, 2, 3):
+            progress.update(step, {"loss": 1.0})
+            progress.note("a line")
+        progress.close()
+
+
 def test_work_is_shown_where_it_says_something(clock):
     stream = io.StringIO()
     progress = Progress(2, stream=stream)

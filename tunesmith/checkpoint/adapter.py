@@ -16,6 +16,7 @@ from tunesmith.checkpoint.check import TOLERANCES, check_logits, probe_logits
 from tunesmith.checkpoint.hf import SavesFiles, explain_full_disk, outgoing, save_tokenizer, staged
 from tunesmith.checkpoint.tensor_files import StoredTensor, read_tensor_file, write_tensors, write_text
 from tunesmith.errors import UserError
+from tunesmith.models.config_json import check_known
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.lora import (
     ADAPTER_PARAMETERS,
@@ -70,6 +71,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(f"{path} describes an adapter of type {kind}; only LORA (with DoRA and rsLoRA) is understood")
+    check_known(config, str(path))
     for key, unused in _NOT_UNDERSTOOD.items():
         if config.get(key) not in unused:
             raise UserError(
@@ -135,7 +137,8 @@ def load_adapter(model: CausalLM, folder: str | Path) -> None:
     config, stored = read_adapter_config(folder), _read_tensors(Path(folder))
     parts = _check_names_and_shapes(model, folder, config, stored)
     for name in stored.keys() - parts.keys():
-        _check_embedding(model, name, stored[name])
+        if not name.removeprefix(_PREFIX).startswith(model.elsewhere):
+            _check_embedding(model, name, stored[name])
     for name, parameter in adapter_state(model).items():
         stored[peft_name(name)].read_into(parameter, parts[peft_name(name)])
 
@@ -154,6 +157,8 @@ def _check_names_and_shapes(
             if tensor.shape != parts[name].shape:
                 shapes = f"its {name} has the shape {tuple(tensor.shape)}, the model needs {tuple(parts[name].shape)}"
                 raise UserError(_another_base(folder, config, shapes))
+        elif name.removeprefix(_PREFIX).startswith(model.elsewhere):
+            continue
         elif not name.endswith(_EMBEDDINGS):
             raise UserError(_another_base(folder, config, f"it has {name}, and the model no adapter there"))
     lacking = [name for name in parts if name not in stored]
@@ -315,6 +320,7 @@ def save_adapter(
 
 def check_changes_something(model: CausalLM, logits: Tensor | None = None) -> None:
     """Raise UserError where the adapter of `model` doesn't change its logits at all."""
+    # By their logits, not their weights: a rank may hold but a few of the adapters.
     logits = probe_logits(model) if logits is None else logits
     with adapters_off(model):
         unchanged = torch.equal(logits, probe_logits(model))

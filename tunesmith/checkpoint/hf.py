@@ -112,11 +112,8 @@ def saved_config(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str,
         config["architectures"] = [model.family.architectures[0]]
     config.pop("quantization_config", None)
     head = model.lm_head
-    if (
-        not model.config.tie_word_embeddings
-        or isinstance(head, LoRAHead)
-        or (head is not None and head.tied_to is None)
-    ):
+    has_own = head is not None and (isinstance(head, LoRAHead) or head.tied_to is None)
+    if not model.config.tie_word_embeddings or (has_own and "lm_head.weight" not in model.copies):
         config["tie_word_embeddings"] = False
     return config
 
@@ -169,12 +166,15 @@ def staged(tensors: Mapping[str, Outgoing]) -> dict[str, Outgoing]:
     return {name: replace(tensors[name], make=lambda copied=copied: copied) for name, copied in copies.items()}
 
 
-def copy_files(source: str | Path | None, folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Copy those of the named files that `source` has; return {file: sha256}."""
-    present = [name for name in names if source is not None and (Path(source) / name).is_file()]
-    for name in present:
-        if (Path(source or "") / name).resolve() != (folder / name).resolve():
-            shutil.copyfile(Path(source or "") / name, folder / name)
+def copy_files(source: str | Path | None, folder: Path, patterns: Iterable[str]) -> dict[str, str]:
+    """Copy the files of `source` that match one of `patterns`; return {file: sha256}."""
+    origin = Path(source) if source is not None else None
+    found = {path for pattern in patterns for path in (origin.glob(pattern) if origin else ()) if path.is_file()}
+    present = {str(path.relative_to(origin)): path for path in sorted(found)} if origin else {}
+    for name, path in present.items():
+        if path.resolve() != (folder / name).resolve():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
             _force_to_disk(folder / name)
     return {name: sha256_of(folder / name) for name in present}
 
@@ -186,7 +186,7 @@ def save_tokenizer(tokenizer: SavesFiles | None, folder: Path) -> dict[str, str]
     paths = [Path(path) for path in tokenizer.save(folder)]
     for path in paths:
         _force_to_disk(path)
-    return {path.name: sha256_of(path) for path in paths}
+    return {str(path.relative_to(folder)): sha256_of(path) for path in paths}
 
 
 def _force_to_disk(path: Path) -> None:

@@ -135,15 +135,17 @@ def load_weights(
     Raises UserError, naming file and tensor, for files that are missing or broken, shapes that differ, and tensors that lack or are left over.
     """
     folder = Path(folder)
-    targets, stored = _targets(model), {}
+    targets, sources = _targets(model), {}
     operators = getattr(model, "weights", family.weights if family else ())
+    originals = {name: model.copies.get(name, name) for name in targets}
     unexpected = []
     for name, tensor in find_weights(folder).items():
         wanted = model_name(operators, name)
-        if wanted in targets:
-            stored[wanted] = tensor
-        elif wanted is not None and not wanted.endswith(".rotary_emb.inv_freq"):
+        sources[wanted] = tensor
+        is_known = wanted is None or wanted.endswith(".rotary_emb.inv_freq") or wanted.startswith(model.elsewhere)
+        if not is_known and wanted not in originals.values():
             unexpected.append(name)
+    stored = {name: sources[original] for name, original in originals.items() if original in sources}
     _check_names(folder, sorted(targets.keys() - stored.keys()), unexpected)
     for name, target in targets.items():
         _check_shape(name, target, stored[name], new_rows_from)

@@ -11,7 +11,6 @@ taken for complete.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -282,26 +281,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def fingerprint_folder(folder: Path) -> str:
-    """A digest that tells model folders apart without reading them whole: configuration, tensor tables, file sizes, and the ends of each file."""
-    digest = hashlib.sha256()
-    for path in sorted(
-        [
-            *folder.glob("*.safetensors"),
-            *folder.glob("*.pth"),
-            *folder.glob("pytorch_model*.bin"),
-            *folder.glob("*.distcp"),
-            folder / "config.json",
-        ]
-    ):
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]

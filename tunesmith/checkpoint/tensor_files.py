@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import UserError
+from tunesmith.hub import read_weight_map
 from tunesmith.nn.part import Part
 from tunesmith.parallel.mesh import Ranks
 
@@ -253,11 +254,8 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
 
 def read_index(path: Path) -> dict[str, StoredTensor]:
     """{name: tensor} of all the shards that an index file names. Raises UserError for a shard, or a tensor in one, that is missing."""
-    try:
-        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no index of weight files: download it again") from error
+    weight_map = read_weight_map(path)
+    files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (path.parent / file).is_file()]
     if missing:
         raise UserError(

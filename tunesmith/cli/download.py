@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunesmith.cli import parser
 from tunesmith.errors import UserError
-from tunesmith.hub import TOKENIZER_FILES, download, download_from_kaggle
+from tunesmith.hub import TOKENIZER_AND_SETTINGS, download, download_from_kaggle
 
 EXAMPLES = """\
   tune download Qwen/Qwen3-0.6B                               into the Hub cache, where model=Qwen/Qwen3-0.6B finds it
@@ -24,7 +24,7 @@ def main(words: list[str]) -> int:
     options = _parser().parse_args(words)
     if options.source == "kaggle":
         return _from_kaggle(options)
-    allowed = [*(options.allow_patterns or []), *(TOKENIZER_FILES if options.tokenizer_only else ())]
+    allowed = [*(options.allow_patterns or []), *(TOKENIZER_AND_SETTINGS if options.tokenizer_only else ())]
     ignored = list(options.ignore_patterns or [])
     if options.tokenizer_only:
         ignored += ["*.safetensors", "*.bin", "*.pth", "*.gguf"]

@@ -82,7 +82,10 @@ def find_verb(verb: str) -> Callable[[list[str]], int | None]:
     """The function of a verb; UserError with the nearest one where there is none."""
     if verb not in VERBS:
         from tunesmith.configs._suggest import did_you_mean
+        from tunesmith.configs.recipes import RECIPES
 
+        if verb in RECIPES:
+            raise UserError(f"`{verb}` is a recipe: write `tune run {verb} …`")
         raise UserError(f"`tune` has no verb `{verb}`{did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
     module = "import_" if verb == "import" else verb  # Python keeps that word for itself
     return importlib.import_module(f"tunesmith.cli.{module}").main

@@ -5,6 +5,7 @@ from dataclasses import field
 from typing import Any, ClassVar, Literal
 
 from tunesmith.configs._section import section
+from tunesmith.configs.stages import pipeline_problems
 
 
 class Checked:
@@ -307,7 +308,7 @@ class MLflow:
     experiment_name: str = "tunesmith"
     """Experiment that the run appears in."""
     tracking_uri: str | None = None
-    """Server or folder; default: what MLFLOW_TRACKING_URI says."""
+    """Server, database or folder; default: what MLFLOW_TRACKING_URI says, else mlflow.db in the run folder."""
     run_name: str | None = None
     """Name of the run; default: the output folder's."""
 
@@ -495,7 +496,15 @@ class TrainSettings(RunSettings):
     context_parallel_dim: int = 1
     """Ranks that split each sequence."""
     pipeline_parallel_dim: int = 1
-    """Ranks that split the layers."""
+    """Ranks that split the layers; a step's micro-batches (gradient_accumulation_steps or global_batch_size) go through them one after another."""
+    pipeline_parallel_schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = "1F1B"
+    """The order in which a pipeline's ranks work on micro-batches; all but the first two give a rank several stages."""
+    pipeline_parallel_layers_per_stage: int | None = None
+    """Layers of each stage, of which the last may have fewer; default: even, with the embedding and the head weighing one layer each."""
+    pipeline_parallel_split_points: list[int] | None = None
+    """Numbers of the layers with which a stage begins, but for layer 0, in place of even stages."""
     expert_parallel_dim: int = 1
     """Ranks that split the experts."""
     dist_timeout_seconds: float = 1800.0
@@ -521,6 +530,7 @@ class TrainSettings(RunSettings):
             yield "give `gradient_accumulation_steps` or `global_batch_size`, not both"
         if self.optimizer_in_bwd:
             yield from self._in_backward()
+        yield from pipeline_problems(self)
         if self.enable_activation_offloading and not self.enable_activation_checkpointing and self.compile:
             yield "`enable_activation_offloading` with `compile` needs `enable_activation_checkpointing`: only layer boundaries can be moved then"
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.configs import _layers as layers
 from tunesmith.configs._layers import Node, Place, Problem
 from tunesmith.configs._suggest import did_you_mean
-from tunesmith.configs.pretrain import Pretrain
 from tunesmith.errors import UserError
 
 
@@ -388,21 +386,16 @@ class _Import:
         self.pipeline()
 
     def pipeline(self) -> None:
-        """Options of a pipeline, as far as ours has them."""
-        ours = {field.name for field in fields(Pretrain)}
-        is_one = self.number("parallelism.pipeline_parallel_degree", 1) > 1
+        """The schedule of a pipeline and where its stages begin."""
+        has_one = self.number("parallelism.pipeline_parallel_degree", 1) > 1
         for name, default in (("schedule", "1F1B"), ("layers_per_stage", None), ("split_points", [])):
             key = f"parallelism.pipeline_parallel_{name}"
             value = self.take(key, default)
-            if not is_one or value in (None, []):
+            if not has_one or value in (None, []):
                 continue
-            if f"pipeline_parallel_{name}" not in ours:
-                if value != default:
-                    self.tell(key, "the schedule and the stages of a pipeline can't be chosen yet")
-            elif name == "split_points":
-                self.put("pipeline_parallel_split_points", [_layer_number(one) for one in _listed(value)], key)
-            else:
-                self.put(f"pipeline_parallel_{name}", value, key)
+            if name == "split_points":
+                value = [_layer_number(one) for one in _listed(value)]
+            self.put(f"pipeline_parallel_{name}", value, key)
 
     def precision(self) -> None:
         """Weights are kept in float32 there, and cast for the computation."""

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
-_VERSION = 1
+_VERSION = 2
 _ARRAYS = {
     "ids": np.uint32,
     "mask": np.bool_,
@@ -31,17 +31,37 @@ _ARRAYS = {
 _WHOLE = 1 << 26
 
 
+class Skipped(NamedTuple):
+    """Rows that were left out for one reason, and the first of them as an example."""
+
+    count: int
+    row: int
+    """Number of the example in its source."""
+    place: str
+    """Where it stands."""
+    detail: str = ""
+    """What is wrong with it, beyond the reason."""
+
+    @property
+    def example(self) -> str:
+        return f"{self.place}: {self.detail}" if self.detail else self.place
+
+
 @dataclass
 class Reading:
     """What happened while the rows of a source were read."""
 
     rows: int = 0
-    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """{reason: (how many rows, an example)}."""
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    """{reason: the rows}."""
 
-    def skip(self, reason: str, example: str, count: int = 1) -> None:
-        number, first = self.skipped.get(reason, (0, example))
-        self.skipped[reason] = (number + count, first)
+    @classmethod
+    def from_json(cls, rows: int, skipped: dict[str, list[Any]]) -> Reading:
+        return cls(rows, {reason: Skipped(*values) for reason, values in skipped.items()})
+
+    def skip(self, reason: str, row: int, place: str, detail: str = "", count: int = 1) -> None:
+        known = self.skipped.get(reason, Skipped(0, row, place, detail))
+        self.skipped[reason] = known._replace(count=known.count + count)
 
 
 @dataclass
@@ -64,7 +84,7 @@ class Documents:
 
     @property
     def starts(self) -> np.ndarray:
-        return np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        return np.concatenate([[0], self.ends]).astype(np.int64)[:-1]  # none, where there are no documents
 
     @property
     def lengths(self) -> np.ndarray:
@@ -126,6 +146,17 @@ def collect(batches: Iterable[Iterable[Tokenized]], reading: Reading) -> Documen
     return writer.finish(reading)
 
 
+class _SourceFailed(Exception):
+    """Carries an OSError of what is read past the handling of those of the cache."""
+
+
+def _read_apart(batches: Iterator[Iterable[Tokenized]]) -> Iterator[Iterable[Tokenized]]:
+    try:
+        yield from batches
+    except OSError as error:
+        raise _SourceFailed from error
+
+
 def cached(key: Sequence[Any], make: Callable[[Reading], Iterator[Iterable[Tokenized]]]) -> tuple[Documents, bool]:
     """The documents of `key` from the cache, else made by `make` and written to it; and whether they were in the cache.
 
@@ -138,6 +169,9 @@ def cached(key: Sequence[Any], make: Callable[[Reading], Iterator[Iterable[Token
         with _locked(root / f"{name}.lock"):
             found = _find(root / name)
             return (found, True) if found else (_write(root, name, make), False)
+    except _SourceFailed as failed:
+        assert failed.__cause__ is not None
+        raise failed.__cause__ from None
     except OSError as error:
         logger.warning(
             "tokenized data is kept in memory: the cache %s can't be written (%s); set TUNESMITH_CACHE to a folder that can",
@@ -162,7 +196,7 @@ def _write(root: Path, name: str, make: Callable[[Reading], Iterator[Iterable[To
     reading, writer = Reading(), None
     try:
         writer = _Writer(folder)
-        for batch in make(reading):
+        for batch in _read_apart(make(reading)):
             writer.add(batch)
         documents = writer.finish(reading)
         os.rename(folder, root / name)
@@ -202,9 +236,7 @@ def _open(folder: Path) -> Documents:
     }
     return Documents(
         **arrays,
-        reading=Reading(
-            about["rows"], {reason: (count, example) for reason, (count, example) in about["skipped"].items()}
-        ),
+        reading=Reading.from_json(about["rows"], about["skipped"]),
     )
 
 

@@ -20,6 +20,7 @@ from tunesmith.errors import UserError
 _CHUNK = 512
 _CHUNK_CHARACTERS = 1 << 23
 NOTHING_TRAINED = "nothing in the loss"
+NOT_RENDERED = "the chat template can't render it"
 
 NumberedRow = tuple[int, str, Row]
 """Number of a row in its source, where it stands, the row."""
@@ -47,9 +48,10 @@ class RowReader:
             try:
                 chunk.append((number, place, formats.read_row(row, self.reading, self.format)))
             except BadRow as bad:
-                self._skip(report, bad.reason, place, str(bad))
+                self._skip(report, bad.reason, number, place, str(bad))
             except KeyError as missing:
-                self._skip(report, f"no column `{missing.args[0]}`", place, f"no column `{missing.args[0]}`")
+                reason = f"no column `{missing.args[0]}`"
+                self._skip(report, reason, number, place, reason)
             size += len(chunk[-1][2].get("text", "")) if chunk else 0
             if len(chunk) == _CHUNK or size > _CHUNK_CHARACTERS:
                 yield self._encode(chunk, report)
@@ -60,10 +62,10 @@ class RowReader:
         """The documents of a few rows, in memory."""
         return collect(self.tokenize(rows, report), report)
 
-    def _skip(self, report: Reading, reason: str, place: str, message: str) -> None:
+    def _skip(self, report: Reading, reason: str, number: int, place: str, message: str) -> None:
         if self.data.on_bad_row == "error":
             raise UserError(f"{place}: {message}; mend the row, or leave such rows out with `on_bad_row: skip`")
-        report.skip(reason, place if message == reason else f"{place}: {message.removeprefix(reason).lstrip(': ')}")
+        report.skip(reason, number, place, message.removeprefix(reason).lstrip(": "))
 
     def _encode(self, chunk: list[tuple[int, str, formats.Example]], report: Reading) -> list[Tokenized]:
         if not chunk:
@@ -73,13 +75,11 @@ class RowReader:
         kept: list[Tokenized] = []
         for (number, place, _), result in zip(chunk, encoded):
             if isinstance(result, UserError):
-                self._skip(
-                    report, "the chat template can't render it", place, f"the chat template can't render it: {result}"
-                )
+                self._skip(report, NOT_RENDERED, number, place, f"{NOT_RENDERED}: {result}")
             elif any(result[1][1:]) if result[1] is not None else len(result[0]) > 1:
                 kept.append((number, *result))
             else:
-                self._skip(report, NOTHING_TRAINED, place, NOTHING_TRAINED)
+                self._skip(report, NOTHING_TRAINED, number, place, NOTHING_TRAINED)
         return kept
 
     def _encode_texts(self, chunk: list[Any]) -> Iterator[Any]:
@@ -104,12 +104,11 @@ class RowReader:
 
 
 def _code() -> list[str]:
-    """Changes with the code that makes tokens of rows: what an older version cached is not taken."""
-    folder = Path(__file__).parent
-    names = [folder / name for name in ("documents.py", "formats.py", "tokenizer.py", "sentencepiece_files.py")]
-    return [
-        file_digest(path) for path in [*names, *sorted(folder.glob("chat*.py")), *sorted(folder.glob("tokenizer_*.py"))]
-    ]
+    """Changes with the code that reads rows and makes tokens of them: what an older version cached is not taken.
+
+    All of the package counts: a list of the modules that matter would one day lack one.
+    """
+    return [file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
 
 
 @dataclass
@@ -137,6 +136,9 @@ def load_documents(data: ChatData | TextData, reading: formats.Reading, tokenize
     reader = RowReader(data, reading, tokenizer)
     key = [rows.fingerprint(), *reader.options()]
     documents, found = cached([*key, *_code()], lambda report: reader.tokenize(numbered(rows), report))
+    if found:  # perhaps of another file with the same content
+        skipped = documents.reading.skipped
+        skipped.update({reason: one._replace(place=rows.place(one.row)) for reason, one in skipped.items()})
     if not len(documents.ends):
         raise UserError(f"no row of {describe(data)} can be used: {skipped_text(documents.reading)}")
     fingerprint = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
@@ -146,6 +148,6 @@ def load_documents(data: ChatData | TextData, reading: formats.Reading, tokenize
 def skipped_text(reading: Reading) -> str:
     """Why rows were left out, with an example each."""
     return "; ".join(
-        f"{count:,} of {reading.rows:,} skipped: {reason} ({example})"
-        for reason, (count, example) in reading.skipped.items()
+        f"{one.count:,} of {reading.rows:,} skipped: {reason} ({one.example})"
+        for reason, one in reading.skipped.items()
     )

@@ -6,11 +6,14 @@ import bz2
 import csv
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import mmap
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,7 +50,7 @@ class Rows(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Changes with the content."""
+        """Changes with the rows: with the bytes they come from, and with which of them are taken and how they are read."""
         ...
 
 
@@ -61,6 +64,11 @@ def file_digest(path: Path) -> str:
     """A hash of the bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def digest_of(*parts: str) -> str:
+    """One hash of several."""
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
 class JsonLines:
@@ -83,7 +91,7 @@ class JsonLines:
         return f"{self.path}:{self.numbers[index] + 1}"
 
     def fingerprint(self) -> str:
-        return file_digest(self.path)
+        return digest_of(file_digest(self.path), "jsonl")
 
 
 def decode_line(line: bytes, place: str) -> Row:
@@ -96,11 +104,14 @@ def decode_line(line: bytes, place: str) -> Row:
         ) from None
     except ValueError as error:
         raise UserError(f"{place}: not a JSON object ({error}); mend or remove this line") from None
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{place}: a JSON {type(row).__name__}, not an object with columns; every line must be an object"
-        )
-    return row
+    return as_row(row, place)
+
+
+def as_row(value: Any, place: str) -> Row:
+    """`value`, where it is a row; raises UserError with its place."""
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: {type(value).__name__} where an object with columns was expected; mend or remove it")
+    return value
 
 
 def _bytes(path: Path) -> Any:
@@ -111,12 +122,38 @@ def _bytes(path: Path) -> Any:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
-def read_whole(path: Path) -> bytes:
+@contextmanager
+def explained(path: Path, *signs_of_damage: type[Exception]) -> Iterator[None]:
+    """What goes wrong while `path` is opened, read, decompressed or decoded, as UserError."""
     try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
-            return file.read()
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise UserError(f"{path}: can't be decompressed ({error}); the file is damaged or incomplete") from None
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, OSError, *signs_of_damage) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of gzip, bz2 or pyarrow
+            raise UserError(f"{path}: can't be read ({error.strerror})") from None
+        raise UserError(f"{path}: damaged or incomplete ({first_line(error)}); get the file again") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The bytes of a file, decompressed; what goes wrong with it within the block is `explained`."""
+    with explained(path), OPENERS.get(path.suffix, open)(path, "rb") as file:
+        yield file
+
+
+@contextmanager
+def opened_parquet(path: Path, **options: Any) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile; what goes wrong with it within the block is `explained`."""
+    parquet = require("pyarrow.parquet", "parquet", f"reading {path}")
+    arrow_error = require("pyarrow", "parquet", f"reading {path}").ArrowException
+    with explained(path, ValueError, arrow_error), parquet.ParquetFile(path, **options) as file:
+        yield file
+
+
+def read_whole(path: Path) -> bytes:
+    with opened(path) as file:
+        return file.read()
 
 
 def read_text(path: Path) -> str:
@@ -137,17 +174,27 @@ def _line_starts(data: Any) -> tuple[np.ndarray, np.ndarray]:
     if starts[-1] != size:
         starts = np.append(starts, size)
     lengths = np.diff(starts)
-    blank = [i for i in np.flatnonzero(lengths <= 16) if not data[starts[i] : starts[i + 1]].strip()]
+    first_bytes = np.frombuffer(data, np.uint8)[starts[:-1]] if size else np.empty(0, np.uint8)
+    perhaps = np.flatnonzero(np.isin(first_bytes, np.frombuffer(b" \t\n\r\v\f", np.uint8)))
+    blank = [i for i in perhaps if not data[starts[i] : starts[i + 1]].strip()]
     return starts, np.delete(np.arange(len(lengths)), blank)
 
 
 class Records:
-    """Rows held in memory, of a file of type json, csv or text."""
+    """Rows held in memory, of a file of type json, csv or text.
+
+    part: which part of the file they are and how it was read, as text: the same bytes can give other rows.
+    """
 
     def __init__(
-        self, path: Path, rows: Sequence[Any], columns: Sequence[str] | None = None, lines: Sequence[int] | None = None
+        self,
+        path: Path,
+        part: Sequence[str],
+        rows: Sequence[Any],
+        columns: Sequence[str] | None = None,
+        lines: Sequence[int] | None = None,
     ):
-        self.path, self.rows, self.columns, self.lines = path, rows, columns, lines
+        self.path, self.part, self.rows, self.columns, self.lines = path, part, rows, columns, lines
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -156,15 +203,13 @@ class Records:
         row = self.rows[index]
         if self.columns is not None:
             return dict(zip(self.columns, row))
-        if not isinstance(row, dict):
-            raise UserError(f"{self.place(index)}: {type(row).__name__} where an object with columns was expected")
-        return row
+        return as_row(row, self.place(index))
 
     def place(self, index: int) -> str:
         return f"{self.path}:{self.lines[index]}" if self.lines else f"{self.path} row {index + 1}"
 
     def fingerprint(self) -> str:
-        return file_digest(self.path)
+        return digest_of(file_digest(self.path), *self.part)
 
 
 def read_json(path: Path) -> dict[str, Rows]:
@@ -177,24 +222,24 @@ def read_json(path: Path) -> dict[str, Rows]:
             return {"train": JsonLines(path)}
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); mend the file") from None
     if isinstance(value, list):
-        return {"train": Records(path, value)}
+        return {"train": Records(path, ["json"], value)}
     if (
         isinstance(value, dict)
         and value
         and all(isinstance(rows, list) and rows and isinstance(rows[0], dict) for rows in value.values())
     ):
         if len(value) == 1 and not known_split(next(iter(value))):
-            return {"train": Records(path, next(iter(value.values())))}
-        return {name: Records(path, rows) for name, rows in value.items()}
+            return {"train": Records(path, ["json"], next(iter(value.values())))}
+        return {name: Records(path, ["json", name], rows) for name, rows in value.items()}
     if isinstance(value, dict):
-        return {"train": Records(path, [value])}
+        return {"train": Records(path, ["json"], [value])}
     raise UserError(f"{path}: holds a JSON {type(value).__name__}; a list of objects, or one object a line, is needed")
 
 
 def csv_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line, values) of a CSV or TSV file, the header first; raises UserError where a row has not as many values as the header."""
     csv.field_size_limit(1 << 30)  # texts are longer than the default 131072
-    reader = csv.reader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+    reader = csv.reader(file, delimiter=_delimiter(path), strict=True)
     header = None
     line = 1
     try:
@@ -213,10 +258,16 @@ def csv_rows(file: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]
         ) from None
 
 
+def _delimiter(path: Path) -> str:
+    return "\t" if ".tsv" in path.suffixes else ","
+
+
 def read_csv(path: Path) -> Rows:
-    rows = list(csv_rows(read_text(path).splitlines(keepends=True), path))
+    # str.splitlines() would also end a line at U+2028, U+0085, \v, \f and \x1c, which are text in a CSV file
+    rows = list(csv_rows(io.StringIO(read_text(path), newline=""), path))
     columns = rows[0][1] if rows else []
-    return Records(path, [values for _, values in rows[1:]], columns, [line for line, _ in rows[1:]])
+    part = ["csv", _delimiter(path)]
+    return Records(path, part, [values for _, values in rows[1:]], columns, [line for line, _ in rows[1:]])
 
 
 class Parquet:
@@ -224,12 +275,9 @@ class Parquet:
 
     def __init__(self, path: Path):
         self.path = path
-        parquet = require("pyarrow.parquet", "parquet", f"reading {path}")
-        try:
-            self.file = parquet.ParquetFile(path, memory_map=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from None
-        sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
+        with opened_parquet(path) as file:
+            self.metadata = file.metadata
+            sizes = [self.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self.ends = np.cumsum(sizes).tolist()
         self.group: tuple[int, list[Row]] = (-1, [])
 
@@ -239,21 +287,22 @@ class Parquet:
     def __getitem__(self, index: int) -> Row:
         number = bisect_right(self.ends, index)
         if number != self.group[0]:
-            self.group = (number, self.file.read_row_group(number).to_pylist())
+            with opened_parquet(self.path, memory_map=True, metadata=self.metadata) as file:
+                self.group = (number, file.read_row_group(number).to_pylist())
         return self.group[1][index - (self.ends[number - 1] if number else 0)]
 
     def place(self, index: int) -> str:
         return f"{self.path} row {index + 1}"
 
     def fingerprint(self) -> str:
-        return file_digest(self.path)
+        return digest_of(file_digest(self.path), "parquet")
 
 
 def read_documents(path: Path, separator: str | None) -> Rows:
     """A text file as rows of one column, text: the whole file, or its parts between `separator`."""
     text = read_text(path)
     parts = text.split(separator) if separator else [text]
-    return Records(path, [{"text": part} for part in parts if part.strip()])
+    return Records(path, ["text", separator or ""], [{"text": part} for part in parts if part.strip()])
 
 
 def read_file(path: Path, separator: str | None = None) -> dict[str, Rows]:
@@ -263,14 +312,12 @@ def read_file(path: Path, separator: str | None = None) -> dict[str, Rows]:
         raise UserError(
             f"{path}: not a kind of data file we read; the endings are {', '.join(KINDS)} (all but parquet also with {', '.join(OPENERS)})"
         )
-    try:
+    with explained(path):
         if kind == "json":
             return read_json(path)
         if kind == "text":
             return {"train": read_documents(path, separator)}
         return {"train": {"jsonl": JsonLines, "csv": read_csv, "parquet": Parquet}[kind](path)}
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
 
 
 def first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -65,7 +65,11 @@ class Format:
 
 def read_row(row: Row, reading: Reading, format: str) -> Example:
     """`row` as an example; raises BadRow where it can't be trained on."""
-    return FORMATS[format].read(_renamed(row, reading.column_map), reading)
+    example = FORMATS[format].read(_renamed(row, reading.column_map), reading)
+    for text in _strings(example):
+        if not text.isascii():  # told in no time
+            _check_unicode(text)
+    return example
 
 
 def choose_format(row: Row, reading: Reading, place: str, allowed: Iterable[str] | None = None) -> str:
@@ -116,10 +120,11 @@ def read_sharegpt(row: Row, reading: Reading) -> Example:
 def read_alpaca(row: Row, reading: Reading) -> Example:
     """Alpaca's: instruction, input (may be empty) and output; system and history where there are such columns."""
     turns: list[Message] = []
-    for pair in _decoded(row.get("history") or [], "history"):
+    history = _decoded(row.get("history") or [], "history")
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow("column `history` is not a list of pairs")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        turns += [{"role": role, "content": _text(said, "history")} for role, said in zip(("user", "assistant"), pair)]
     parts = [_text(row["instruction"], "instruction"), _text(row.get("input") or "", "input")]
     prompt = "\n\n".join(part for part in parts if part.strip())
     if not prompt:
@@ -200,10 +205,12 @@ def _message(turn: Mapping[str, Any], number: int, role_key: str, content_key: s
 def _content(content: Any, number: int) -> str:
     """Text, also from OpenAI's list of text parts."""
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
-        kinds = {part.get("type", "text") for part in content} - {"text"}
-        if kinds:
-            raise BadRow("content that is not text", f"message {number} has a part of type {_shown(kinds.pop())}")
-        content = "".join(part.get("text", "") for part in content)
+        for part in content:
+            if part.get("type", "text") != "text":
+                raise BadRow("content that is not text", f"message {number} has a part of type {_shown(part['type'])}")
+            if not isinstance(part.get("text"), str):
+                raise BadRow("content that is not text", f"message {number} has a part without text, {_shown(part)}")
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise BadRow("content that is not text", f"message {number} has {_shown(content)}")
     return content
@@ -283,6 +290,27 @@ def _decoded(value: Any, column: str) -> Any:
         return json.loads(value)
     except ValueError:
         raise BadRow(f"column `{column}` is not JSON", f"it is {_shown(value)}") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in nested lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _strings(pair)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _check_unicode(text: str) -> None:
+    """JSON may write half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise BadRow("text that is not Unicode", f"it holds half a surrogate pair: {around!a}") from None
 
 
 def _text(value: Any, column: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.configs.data import ChatData, TextData
-from tunesmith.data.cache import Documents
+from tunesmith.data.cache import Documents, Reading
 from tunesmith.data.collate import EMPTY_ROW, TokenRow, padded, token_row
 from tunesmith.data.documents import Loaded, load_documents, skipped_text
 from tunesmith.data.named import resolve
@@ -18,6 +18,11 @@ from tunesmith.data.packing import Integers, RowPlan, cut_rows, packed_rows, pie
 from tunesmith.data.report import DataReport, SourceReport
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
+
+
+def examples(reading: Reading) -> dict[str, tuple[int, str]]:
+    """{reason: (rows skipped, an example)}, as a report has them."""
+    return {reason: (one.count, one.example) for reason, one in reading.skipped.items()}
 
 
 def joined(data: ChatData | TextData) -> bool:
@@ -103,7 +108,7 @@ class IndexedSource:
     def report(self, share: float) -> SourceReport:
         segments, documents, rows = self.segments, self.loaded.documents, self.loaded.rows
         reading = documents.reading
-        skipped = dict(reading.skipped)
+        skipped = examples(reading)
 
         def example(numbers: Integers) -> str:
             return rows.place(int(documents.rows[numbers[0]])) if rows is not None and len(numbers) else ""

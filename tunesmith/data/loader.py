@@ -34,9 +34,8 @@ def chat_batches(config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_se
     return _batches(config, _listed(config, "dataset"), tokenizer, mesh, max_seq_len, validation=False)
 
 
-def text_batches(config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_seq_len: int | None = None) -> Batches:
-    """The same for plain text."""
-    return _batches(config, _listed(config, "dataset"), tokenizer, mesh, max_seq_len, validation=False)
+text_batches = chat_batches
+"""The same of plain text: the sections of `config.dataset` say which."""
 
 
 def validation_batches(
@@ -67,7 +66,8 @@ def _batches(
     rows_per_step, batch_size = global_batch(config, mesh, validation)
     seed = None if validation or not config.shuffle else (config.seed or 0,)
     kind = StreamedOrder if any(source.streaming for source in sources) else IndexedOrder
-    order = kind(sources, tokenizer, max_seq_len or DEFAULT_MAX_SEQ_LEN, seed, rows_per_step)
+    length = max_seq_len or DEFAULT_MAX_SEQ_LEN
+    order = mesh.node_first(lambda: kind(sources, tokenizer, length, seed, rows_per_step))
     return Batches(order, config, mesh, tokenizer.pad_id, rows_per_step, batch_size, validation)
 
 

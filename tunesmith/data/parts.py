@@ -6,6 +6,7 @@ How many parts a source has is a matter of the source alone, so what a run sees 
 from __future__ import annotations
 
 import codecs
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.configs.data import ChatData, TextData
-from tunesmith.data.files import OPENERS, Row, csv_rows, decode_line, file_kind
+from tunesmith.data.files import Row, as_row, csv_rows, decode_line, file_kind, opened, opened_parquet
 from tunesmith.data.sources import choose_split, describe, load_hub, local_files, reader_rows
 from tunesmith.data.splits import SplitPart, parse_split
-from tunesmith.errors import UserError, require
+from tunesmith.errors import UserError
 
 MOST_PARTS = 8
 _CHUNK = 1 << 20
@@ -92,9 +93,8 @@ def open_parts(data: ChatData | TextData) -> tuple[list[Part], list[Any]]:
     sizes = [path.stat().st_size for path in chosen]
     if not sum(sizes):
         raise UserError(f"{describe(data)} holds no rows; check `source` and `split`")
-    return _file_parts(chosen, getattr(data, "document_split", None)), [
-        [path.name, size] for path, size in zip(chosen, sizes)
-    ]
+    separator = getattr(data, "document_split", None)
+    return _file_parts(chosen, separator), [separator, *([path.name, size] for path, size in zip(chosen, sizes))]
 
 
 def _file_parts(files: list[Path], separator: str | None) -> list[Part]:
@@ -153,7 +153,7 @@ def _line_start(path: Path, position: int) -> int:
 
 def _line_reader(path: Path, stop: int) -> Callable[[int], Iterator[Entry]]:
     def read(position: int) -> Iterator[Entry]:
-        with path.open("rb") as file:
+        with opened(path) as file:
             file.seek(position)
             while position < stop and (line := file.readline()):
                 place = f"{path} at byte {position}"
@@ -169,25 +169,22 @@ def _line_reader(path: Path, stop: int) -> Callable[[int], Iterator[Entry]]:
 
 def _parquet_pieces(files: list[Path]) -> list[list[Piece]]:
     """Row groups, shared out evenly; positions are rows of the file."""
-    parquet = require("pyarrow.parquet", "parquet", f"reading {files[0]}")
     groups = []
     for path in files:
-        try:
-            metadata = parquet.read_metadata(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable parquet file ({error})") from None
+        with opened_parquet(path) as file:
+            metadata = file.metadata
         first = 0
         for number in range(metadata.num_row_groups):
-            groups.append(Piece(_group_reader(parquet, path, number, first), first))
+            groups.append(Piece(_group_reader(path, number, first), first))
             first += metadata.row_group(number).num_rows
     count = min(MOST_PARTS, len(groups))
     return [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
 
 
-def _group_reader(parquet: Any, path: Path, number: int, first: int) -> Callable[[int], Iterator[Entry]]:
+def _group_reader(path: Path, number: int, first: int) -> Callable[[int], Iterator[Entry]]:
     def read(position: int) -> Iterator[Entry]:
         row_number = first
-        with parquet.ParquetFile(path) as file:
+        with opened_parquet(path) as file:
             for batch in file.iter_batches(batch_size=256, row_groups=[number]):
                 if row_number + batch.num_rows > position:
                     for row in batch.slice(max(0, position - row_number)).to_pylist():
@@ -212,15 +209,15 @@ def _file_reader(path: Path, separator: str | None) -> Callable[[], Iterator[tup
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    with OPENERS.get(path.suffix, open)(path, "rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield decode_line(line, f"{path}:{number}")
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        rows = csv_rows(file, path)
+    with opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        rows = csv_rows(text, path)
         _, header = next(rows, (1, []))
         for _, values in rows:
             yield dict(zip(header, values))
@@ -229,12 +226,9 @@ def _csv(path: Path) -> Iterator[Row]:
 def _chunks(path: Path) -> Iterator[str]:
     """A text file, about a mebibyte at a time."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with OPENERS.get(path.suffix, open)(path, "rb") as file:
+    with opened(path) as file:
         while block := file.read(_CHUNK):
-            try:
-                yield decoder.decode(block)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+            yield decoder.decode(block)
 
 
 def _texts(path: Path, separator: str | None) -> Iterator[Row]:
@@ -256,8 +250,8 @@ def _at_last_line(text: str) -> list[str]:
 def _json_array(path: Path) -> Iterator[Row]:
     """The objects of one JSON array, decoded one at a time."""
     decode = json.JSONDecoder().raw_decode
-    held, place, chunks = "", 0, _chunks(path)
-    for number, chunk in enumerate(chunks):
+    held, place, number_of_rows = "", 0, 0
+    for number, chunk in enumerate(_chunks(path)):
         held, place = held[place:] + chunk, 0
         if not number:
             held = held.lstrip()
@@ -275,7 +269,8 @@ def _json_array(path: Path) -> Iterator[Row]:
                 row, place = decode(held, place)
             except ValueError:
                 break  # the object goes on in the next chunk
-            yield row
+            number_of_rows += 1
+            yield as_row(row, f"{path} row {number_of_rows}")
     if held[place : place + 1] != "]":
         raise UserError(f"{path}: not JSON, or cut off, near the end of: {held[place : place + 60]!r}; mend the file")
 

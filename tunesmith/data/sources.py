@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.configs.data import ChatData, TextData
-from tunesmith.data.files import KINDS, Row, Rows, file_kind, first_line, read_file
+from tunesmith.data.files import KINDS, Row, Rows, digest_of, file_kind, first_line, read_file
 from tunesmith.data.splits import SplitPart, cut, known_split, parse_split
 from tunesmith.errors import UserError, require
 
@@ -49,7 +49,7 @@ class Joined:
         return part.place(inner)
 
     def fingerprint(self) -> str:
-        return _hash(*(part.fingerprint() for part in self.parts))
+        return digest_of(*(part.fingerprint() for part in self.parts))
 
 
 class Sliced:
@@ -68,11 +68,7 @@ class Sliced:
         return self.rows.place(self.start + index)
 
     def fingerprint(self) -> str:
-        return _hash(self.rows.fingerprint(), str(self.start), str(self.stop))
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+        return digest_of(self.rows.fingerprint(), str(self.start), str(self.stop))
 
 
 # --- where a source is ---------------------------------------------------------------------------
@@ -325,7 +321,8 @@ def _function(path: str) -> Any:
     module_name, _, name = path.rpartition(":" if ".py:" in path else ".")
     try:
         if module_name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+            file = Path(module_name).expanduser()
+            spec = importlib.util.spec_from_file_location(file.stem, file)
             assert spec and spec.loader
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)

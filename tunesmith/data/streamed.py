@@ -17,7 +17,7 @@ from tunesmith.configs.data import ChatData, TextData
 from tunesmith.data.cache import Reading
 from tunesmith.data.collate import TokenRow
 from tunesmith.data.documents import RowReader, skipped_text
-from tunesmith.data.indexed import Segments, apportioned, joined, mixing_weights
+from tunesmith.data.indexed import Segments, apportioned, examples, joined, mixing_weights
 from tunesmith.data.named import resolve
 from tunesmith.data.packing import shuffled
 from tunesmith.data.parts import Cursor, Part, open_parts
@@ -40,8 +40,8 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         reading = Reading(self.reading.rows + other.reading.rows, dict(self.reading.skipped))
-        for reason, (count, example) in other.reading.skipped.items():
-            reading.skip(reason, example, count)
+        for reason, one in other.reading.skipped.items():
+            reading.skip(reason, one.row, one.place, one.detail, one.count)
         numbers = ("used", "truncated", "tokens", "trained")
         return Counts(reading, *(getattr(self, name) + getattr(other, name) for name in numbers))
 
@@ -59,7 +59,7 @@ class BlockStart:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> BlockStart:
         counts = state["counts"]
-        return cls(**{**state, "counts": Counts(**{**counts, "reading": Reading(**counts["reading"])})})
+        return cls(**{**state, "counts": Counts(**{**counts, "reading": Reading.from_json(**counts["reading"])})})
 
 
 class PartStream:
@@ -144,8 +144,8 @@ class StreamedSource:
         documents = self.reader.collect([(number, place, row) for number, (place, row) in enumerate(rows)], reading)
         segments = Segments(documents, self.data, self.max_seq_len)
         if len(segments.unusable):
-            place = rows[int(documents.rows[segments.unusable[0]])][0]
-            reading.skip("no answer within max_seq_len", place, len(segments.unusable))
+            first = int(documents.rows[segments.unusable[0]])
+            reading.skip("no answer within max_seq_len", first, rows[first][0], count=len(segments.unusable))
         return segments, Counts(
             reading,
             used=len(documents.ends) - len(segments.unusable),
@@ -181,7 +181,7 @@ class StreamedSource:
             source=self.name,
             rows_read=counts.reading.rows,
             rows_used=counts.used,
-            skipped=counts.reading.skipped,
+            skipped=examples(counts.reading),
             truncated=counts.truncated,
             max_seq_len=self.max_seq_len,
             tokens=counts.tokens,

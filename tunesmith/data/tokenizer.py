@@ -21,11 +21,6 @@ from tunesmith.data.stream_decoder import StreamDecoder
 from tunesmith.errors import UserError
 
 Message = dict[str, Any]
-FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json", "config.json",
-)  # fmt: skip
-"""What may be read of a repository."""
 
 
 class Tokenizer:
@@ -327,7 +322,7 @@ def load_tokenizer(
     if not where.exists():
         from tunesmith import hub
 
-        where = hub.resolve(str(path), "tokenizer", allow_patterns=[*FILES, "*.model", "*.tiktoken", "*.jinja"])
+        where = hub.resolve(str(path), "tokenizer", allow_patterns=hub.TOKENIZER_AND_SETTINGS)
     folder = where if where.is_dir() else where.parent
     config = tokenizer_folder.read_json(folder / "tokenizer_config.json")
     model = tokenizer_folder.read_json(folder / "config.json")

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer as Backend
 from tunesmith.data import sentencepiece_files, tokenizer_files
 from tunesmith.data.chat import built_in_template, read_template
 from tunesmith.errors import UserError
+from tunesmith.models.config_json import checked
 
+_CONFIG = "tokenizer_config.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -62,9 +64,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _text(token: Any) -> str | None:
-    """A token in a JSON file is its text or an object with its text under `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+def _text(token: Any, what: str) -> str | None:
+    """A token in a JSON file is its text or an object with its text under `content`; `what` it is stands in errors."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise _wrong(what, token, "text")
+    return text
+
+
+def _wrong(what: str, value: Any, words: str) -> UserError:
+    return UserError(f"{what} is {value!r:.60}, and must be {words}; mend the file or download it again")
 
 
 def named_tokens(
@@ -76,8 +85,9 @@ def named_tokens(
 ) -> dict[str, str]:
     """{"bos_token": text, …} from the tokenizer's files (null there means none); without such files from the model's config."""
     told: dict[str, Any] = dict(loaded.tokens)
-    for content in (read_json(folder / "special_tokens_map.json"), config):
-        told |= {name: _text(content[name]) for name in NAMED_TOKENS if name in content}
+    special = read_json(folder / "special_tokens_map.json")
+    for where, content in ((folder / "special_tokens_map.json", special), (folder / _CONFIG, config)):
+        told |= {name: _text(content[name], f"{where}: `{name}`") for name in NAMED_TOKENS if name in content}
     if not told:
         numbers = {"bos_token": model.get("bos_token_id"), "eos_token": next(iter(eos_ids), None)}
         told = {name: loaded.backend.id_to_token(n) for name, n in numbers.items() if isinstance(n, int)}
@@ -85,19 +95,30 @@ def named_tokens(
 
 
 def model_eos_ids(folder: Path, model: dict[str, Any]) -> list[int]:
-    for content in (read_json(folder / "generation_config.json"), model, model.get("text_config") or {}):
-        found = content.get("eos_token_id")
+    inner = model.get("text_config")
+    own = folder / "generation_config.json"
+    for where, content in ((own, read_json(own)), (folder / "config.json", model), (folder / "config.json", inner)):
+        found = content.get("eos_token_id") if isinstance(content, dict) else None
         if found is not None:
+            checked("eos_token_id", found, str(where))
             return list(found) if isinstance(found, list) else [found]
     return []
 
 
 def add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any], tokens: dict[str, str]) -> None:
     """Tokens beyond the vocabulary file, under the ids that tokenizer_config.json or added_tokens.json give them."""
-    listed = {number: text for text, number in read_json(folder / "added_tokens.json").items()}
-    listed = {number: AddedToken(text, normalized=False, special=True) for number, text in listed.items()}
-    for number, spec in (config.get("added_tokens_decoder") or {}).items():
-        listed[int(number)] = AddedToken(**{key: value for key, value in spec.items() if key != "__type"})
+    listed: dict[int, AddedToken] = {}
+    for text, number in read_json(folder / "added_tokens.json").items():
+        if not isinstance(number, int):
+            raise _wrong(f"{folder / 'added_tokens.json'}: `{text}`", number, "an id")
+        listed[number] = AddedToken(text, normalized=False, special=True)
+    described = config.get("added_tokens_decoder") or {}
+    try:
+        for number, spec in described.items():
+            listed[int(number)] = AddedToken(**{key: value for key, value in spec.items() if key != "__type"})
+    except (TypeError, ValueError, AttributeError):
+        what = f"{folder / _CONFIG}: `added_tokens_decoder`"
+        raise _wrong(what, described, "an object of id: description of a token") from None
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for number, token in sorted(listed.items()):
         if token.content not in known:
@@ -109,8 +130,11 @@ def add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any], to
                 )
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
+    if not isinstance(extra, list):
+        raise _wrong(f"{folder / _CONFIG}: `additional_special_tokens`", extra, "a list of tokens")
+    extra = [_text(token, f"{folder / _CONFIG}: an additional special token") for token in extra]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for text in dict.fromkeys([*tokens.values(), *map(_text, extra)]):
+    for text in dict.fromkeys([*tokens.values(), *extra]):
         if text and text not in known:
             _add_one(backend, AddedToken(text, normalized=False, special=True))
 
@@ -143,11 +167,12 @@ def find_template(folder: Path, config: dict[str, Any], chosen: str | None) -> t
         return built_in_template(chosen), f"the built-in chat template {chosen}"
     file = folder / "chat_template.jinja"
     templates: dict[str, str] = {}
-    own = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(own, list):
-        templates = {item["name"]: item["template"] for item in own}
-    elif isinstance(own, str):
-        templates = {"default": own}
+    own, where = config.get("chat_template"), folder / _CONFIG
+    if not own:
+        where = folder / "chat_template.json"
+        own = read_json(where).get("chat_template")
+    if own:
+        templates = _by_name(own, where)
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = read_template(path)
     if file.is_file():
@@ -156,3 +181,16 @@ def find_template(folder: Path, config: dict[str, Any], chosen: str | None) -> t
     if not templates:
         return None, name
     return (templates["default"] if set(templates) == {"default"} else templates), name
+
+
+def _by_name(templates: Any, where: Path) -> dict[str, str]:
+    """{name: source} of one template, or of a list of them."""
+    if isinstance(templates, str):
+        return {"default": templates}
+    try:
+        named: dict[Any, Any] = {item["name"]: item["template"] for item in templates}
+    except (TypeError, KeyError):
+        named = {None: None}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise _wrong(f"{where}: `chat_template`", templates, "text or a list of objects with name and template")
+    return named

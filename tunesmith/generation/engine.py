@@ -178,10 +178,20 @@ class _Engine:
     def _read_prompts(self, sequences: list[_Sequence]) -> tuple[Tensor, KVCache]:
         """Logits (B, V) after each prompt, and the cache; samples of one prompt read it once."""
         prompts = list({id(sequence.prompt): sequence.prompt for sequence in sequences}.values())
-        longest = max(map(len, prompts))
         cache = KVCache(
             self.model.config, len(prompts), max(len(s.prompt) + s.room for s in sequences), self.dtype, self.device
         )
+        last = torch.cat([self._read(prompts[rows], cache.part(rows)) for rows in _similar(prompts)])
+        cache.length = torch.tensor([len(prompt) for prompt in prompts])
+        rows_of = {id(prompt): row for row, prompt in enumerate(prompts)}
+        rows = torch.tensor([rows_of[id(sequence.prompt)] for sequence in sequences], device=self.device)
+        if len(prompts) < len(sequences):
+            cache.select(rows)
+        return self._logits(last)[rows], cache
+
+    def _read(self, prompts: list[list[int]], cache: KVCache) -> Tensor:
+        """Fill an empty cache. Hidden states (B, D) of the prompts' last tokens."""
+        longest = max(map(len, prompts))
         ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         positions = torch.arange(longest, device=self.device).expand_as(ids)
@@ -189,12 +199,7 @@ class _Engine:
         hidden = self.model(
             ids, positions=positions.where(positions < lengths[:, None], -1) if is_ragged else None, cache=cache
         )
-        last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
-        rows_of = {id(prompt): row for row, prompt in enumerate(prompts)}
-        rows = torch.tensor([rows_of[id(sequence.prompt)] for sequence in sequences], device=self.device)
-        if len(prompts) < len(sequences):
-            cache.select(rows)
-        return self._logits(last)[rows], cache
+        return hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head.logits(hidden).float()
@@ -279,6 +284,15 @@ def _check_prompt(index: int, ids: list[int], config: DecoderConfig) -> None:
 
 def _room(ids: list[int], sampling: Sampling, config: DecoderConfig) -> int:
     return min(sampling.max_new_tokens, config.context_length - len(ids))
+
+
+def _similar(prompts: list[list[int]]) -> Iterator[slice]:
+    """Neighbours to be read together, so that not much of it is padding: none is shorter than 3/4 of its group's first."""
+    start = 0
+    for end in range(1, len(prompts) + 1):
+        if end == len(prompts) or len(prompts[end]) < 0.75 * len(prompts[start]):
+            yield slice(start, end)
+            start = end
 
 
 def _groups(sequences: list[_Sequence], size: int) -> Iterator[list[_Sequence]]:

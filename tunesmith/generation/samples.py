@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from tunesmith.data.tokenizer import Tokenizer
@@ -26,6 +27,10 @@ def write_samples(
     Ranks that hold a model together all answer, and one `writes`.
     """
     if not prompts:
+        return
+    if model.pipeline is not None:
+        if model.pipeline.is_main:
+            print(f"step {step}: no samples, as text isn't generated through a pipeline of ranks yet", file=sys.stderr)
         return
     was_training = model.training
     model.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from tunesmith.errors import UserError
@@ -46,6 +48,100 @@ OFF: dict[str, tuple[Any, ...]] = {
 """Keys that are understood only at these values (or null), at which they do nothing."""
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(map(kind, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_MUST_BE = {
+    key: (words, is_right)
+    for words, is_right, keys in (
+        (
+            "a whole number above 0",
+            lambda value: _is_whole(value) and value > 0,
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+            "max_position_embeddings original_max_position_embeddings sliding_window sliding_window_pattern "
+            "_sliding_window_pattern",
+        ),
+        ("a whole number, 0 or more", lambda value: _is_whole(value) and value >= 0, "max_window_layers"),
+        ("a whole number", _is_whole, "bos_token_id pad_token_id"),
+        (
+            "a whole number or a list of them",
+            lambda value: _is_whole(value) or _is_list_of(_is_whole)(value),
+            "eos_token_id",
+        ),
+        (
+            "a number above 0",
+            lambda value: _is_number(value) and value > 0,
+            "rope_theta rope_local_base_freq query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping factor "
+            "attention_factor low_freq_factor high_freq_factor beta_fast beta_slow",
+        ),
+        ("a number, 0 or more", lambda value: _is_number(value) and value >= 0, "rms_norm_eps initializer_range"),
+        ("a number", _is_number, "mscale mscale_all_dim short_mscale long_mscale"),
+        (
+            "a number above 0, at most 1",
+            lambda value: _is_number(value) and 0 < value <= 1,
+            "partial_rotary_factor",
+        ),
+        ("a list of numbers", _is_list_of(_is_number), "short_factor long_factor"),
+        (
+            "true or false",
+            lambda value: isinstance(value, bool),
+            "tie_word_embeddings attention_bias mlp_bias use_sliding_window truncate",
+        ),
+        ("text", _is_text, "hidden_act hidden_activation model_type rope_type type"),
+        ("a list of names", _is_list_of(_is_text), "architectures layer_types"),
+        (
+            "an object",
+            lambda value: isinstance(value, dict),
+            "rope_scaling rope_parameters full_attention sliding_attention text_config",
+        ),
+        # Of adapter_config.json:
+        ("a whole number above 0", lambda value: _is_whole(value) and value > 0, "r"),
+        ("a number", _is_number, "lora_alpha"),
+        (
+            "an object of whole numbers",
+            lambda value: isinstance(value, dict) and all(map(_is_whole, value.values())),
+            "rank_pattern",
+        ),
+        (
+            "an object of numbers",
+            lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+            "alpha_pattern",
+        ),
+        ("text", _is_text, "base_model_name_or_path"),
+    )
+    for key in keys.split()
+}
+"""Key -> what its value must be, in words and as a check."""
+
+
+def checked(key: str, value: Any, where: str = "config.json") -> Any:
+    """`value`, where it is what `key` must be; raises UserError that names `where` it stands."""
+    words, is_right = _MUST_BE[key]
+    if not is_right(value):
+        raise UserError(f"{where}: `{key}` is {_shorten(value)}, and must be {words}")
+    return value
+
+
+def check_known(content: dict[str, Any], where: str = "config.json") -> None:
+    """Raise UserError for the first value that is not what its key, where we know it, must be; null stands for none."""
+    for key, value in content.items():
+        if key in _MUST_BE and value is not None:
+            checked(key, value, where)
+
+
 class ConfigJson:
     """Takes keys one by one; `finish` complains about those that are left."""
 
@@ -54,18 +150,22 @@ class ConfigJson:
         self.taken: set[str] = set()
 
     def take(self, *keys: str, default: Any = None) -> Any:
-        """The value of the first of these keys that is there and not null, else the family's default, else `default`."""
+        """The value of the first of these keys that is there and not null, else the family's default, else `default`.
+
+        Raises UserError for a value that is not what the key must be.
+        """
         self.taken.update(keys)
         for source in (self.hf, self.defaults):
             for key in keys:
                 if source.get(key) is not None:
-                    return source[key]
+                    return checked(key, source[key])
         return default
 
     def take_or_null(self, key: str, default: Any) -> Any:
         """The value of a key for which null means "off"; the default only where the key is absent."""
         self.taken.add(key)
-        return self.hf.get(key, default)
+        value = self.hf.get(key, default)
+        return None if value is None else checked(key, value)
 
     def need(self, *keys: str) -> Any:
         value = self.take(*keys)
@@ -96,6 +196,10 @@ def read_shape(reader: ConfigJson) -> dict[str, Any]:
     hidden_size, heads = reader.need("hidden_size"), reader.need("num_attention_heads")
     key_value_heads = reader.take("num_key_value_heads", default=heads)
     head_dim = reader.take("head_dim", default=hidden_size // heads)
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(
+            f"config.json: heads have {head_dim} features (`head_dim`), and rotary positions need pairs of them"
+        )
     if heads % key_value_heads:
         raise UserError(
             f"config.json: `num_attention_heads` ({heads}) must be a multiple of `num_key_value_heads` ({key_value_heads})"
@@ -131,7 +235,7 @@ def read_activation(reader: ConfigJson) -> str:
 
 # --- rotary positions -----------------------------------------------------------------------------
 
-_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ROPE_KEYS = {
     "linear": {"factor"},
     "dynamic": {"factor"},
@@ -154,28 +258,48 @@ _ROPE_NEEDS = {
 }
 
 
-def read_rope(reader: ConfigJson, default_theta: float = 10000.0, aliases: dict[str, str] | None = None) -> RopeConfig:
+def read_rope(
+    reader: ConfigJson,
+    default_theta: float = 10000.0,
+    aliases: dict[str, str] | None = None,
+    rotates_part: bool = False,
+) -> RopeConfig:
     """Rotary positions from `rope_parameters` (transformers 5 on) or `rope_theta` and `rope_scaling` (before)."""
     theta = reader.take("rope_theta", default=default_theta)
     scaling = reader.take("rope_scaling") or {}
     parameters = {**(reader.take("rope_parameters") or {}), **scaling}
-    return rope_config(reader, parameters, theta, aliases)
+    return rope_config(reader, parameters, theta, aliases, rotates_part)
 
 
 def rope_config(
-    reader: ConfigJson, parameters: dict[str, Any], theta: float, aliases: dict[str, str] | None = None
+    reader: ConfigJson,
+    parameters: dict[str, Any],
+    theta: float,
+    aliases: dict[str, str] | None = None,
+    rotates_part: bool = False,
 ) -> RopeConfig:
-    """One dictionary of rotary parameters as a RopeConfig; what it doesn't say comes from the rest of config.json."""
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    kind = (aliases or {}).get(kind, kind)
-    if kind not in _KINDS:
-        raise UserError(f"config.json: unknown rope type {kind!r}; known are {', '.join(_KINDS)}")
+    """One dictionary of rotary parameters as a RopeConfig; what it doesn't say comes from the rest of config.json.
+
+    rotates_part: whether the family knows `partial_rotary_factor`. Others rotate whole heads whatever it says, as in
+    transformers, where the two together with a stretched rope fail: there it is refused.
+    """
     own = {key: value for key, value in parameters.items() if value is not None}
+    check_known(own)
+    kind = own.get("rope_type") or own.get("type") or "default"
+    kind = (aliases or {}).get(kind, kind)
+    if kind not in _ROPE_KINDS:
+        raise UserError(f"config.json: unknown rope type {kind!r}; known are {', '.join(_ROPE_KINDS)}")
     for key in ("rope_type", "type"):
         own.pop(key, None)
     longest = reader.take("max_position_embeddings", default=2048)
     outer = reader.take("original_max_position_embeddings")
     partial = own.pop("partial_rotary_factor", reader.take("partial_rotary_factor", default=1.0))
+    if partial != 1 and not rotates_part:
+        if kind != "default":
+            raise UserError(
+                f"config.json: `partial_rotary_factor` ({partial}) with the rope type {kind!r} is not understood in this family"
+            )
+        partial = 1.0
     theta, original = own.pop("rope_theta", theta), outer or own.get("original_max_position_embeddings") or longest
     _check_rope(kind, own)
     own.pop("original_max_position_embeddings", None)
@@ -210,13 +334,15 @@ def _check_rope(kind: str, own: dict[str, Any]) -> None:
 # --- windows --------------------------------------------------------------------------------------
 
 
-def layer_windows(layer_types: list[str], window: int | None) -> tuple[int | None, ...]:
+def layer_windows(layer_types: list[str], window: int | None, num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer, from the words that config.json has for them."""
+    if len(layer_types) < num_layers:
+        raise UserError(f"config.json: `layer_types` names {len(layer_types)} layers of {num_layers}")
     known = {"full_attention": None, "sliding_attention": window}
     for kind in layer_types:
         if kind not in known:
             raise UserError(f"config.json: unknown entry {kind!r} in `layer_types`; known are {', '.join(known)}")
-    return tuple(known[kind] for kind in layer_types)
+    return tuple(known[kind] for kind in layer_types[:num_layers])
 
 
 def _shorten(value: Any) -> str:

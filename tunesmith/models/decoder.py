@@ -6,6 +6,7 @@ B batch, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -79,6 +80,16 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def stage(self, layers: Iterable[int], is_first: bool, is_last: bool) -> Decoder:
+        """A decoder of some of the layers, the same modules, under the same names."""
+        part: Any = Decoder.__new__(Decoder)
+        nn.Module.__init__(part)
+        part.config, part.rotary, part.is_first, part.is_last = self.config, self.rotary, is_first, is_last
+        part.embed_tokens = self.embed_tokens if is_first else None
+        part.layers = nn.ModuleDict({str(layer): self.layers[str(layer)] for layer in layers})
+        part.norm = self.norm if is_last else None
+        return part
+
     def forward(self, inputs: Tensor, sight: Sight) -> Tensor:
         x = self.embed(inputs) if self.is_first else inputs
         for layer in self.layers.values():
@@ -107,6 +118,12 @@ class CausalLM(nn.Module):
         self.max_seq_len: int | None = None
         self.sequence_shards: SequenceShards | None = None
         """Set where ranks share the rows of a training batch: forward then takes this rank's tokens, with their positions and documents."""
+        self.pipeline: Any = None
+        """Set where other ranks hold some of the layers (parallel.pipeline.Pipeline): embedding, norm or head may be None then."""
+        self.elsewhere: tuple[str, ...] = ()
+        """What the names of their parameters start with."""
+        self.copies: dict[str, str] = {}
+        """{parameter: the one that it is a copy of}, here or on another rank: kept equal, counted once, saved once."""
 
     def init_buffers(self, device: torch.device | str | None = None, max_seq_len: int | None = None) -> None:
         """To be called after to_empty. max_seq_len: in training, rotary frequencies that depend on a sequence's length
@@ -150,10 +167,8 @@ class CausalLM(nn.Module):
     def _hidden(
         self, input_ids, positions, documents, cache: KVCache | None, max_seq_len: int | None, shards=None
     ) -> Tensor:
-        if cache is None and shards is not None:
-            return self.model(input_ids, self.shared_sight(shards, input_ids, positions, documents))
         if cache is None:
-            return self.model(input_ids, self._sight(input_ids, positions, documents, max_seq_len))
+            return self.model(input_ids, self.sight(input_ids, positions, documents, max_seq_len, shards))
         if cache.ids is not None:
             return self._hidden_by_length(input_ids, positions, documents, cache)
         return self._hidden_cached(input_ids, positions, documents, cache)
@@ -181,8 +196,10 @@ class CausalLM(nn.Module):
         hidden = self._hidden_cached(cache.ids[:, : len(order)], None, everything, cache)
         return hidden.gather(1, where.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    def _sight(self, input_ids: Tensor, positions, documents, max_seq_len: int | None) -> Sight:
-        """What every layer needs to know about this forward pass, built once."""
+    def sight(self, input_ids: Tensor, positions, documents, max_seq_len: int | None, shards=None) -> Sight:
+        """What every layer needs to know about a forward pass without a cache, built once."""
+        if shards is not None:
+            return self.shared_sight(shards, input_ids, positions, documents)
         (batch_size, length), device = input_ids.shape, input_ids.device
         longest = length if max_seq_len is None else max_seq_len
         if positions is None:

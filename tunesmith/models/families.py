@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UserError
+from tunesmith.models.config_json import checked
 from tunesmith.models.family import DecoderConfig, Family
 
 FAMILIES = {
@@ -34,6 +35,9 @@ def find_family(hf: dict[str, Any], where: str) -> Family:
 
     Raises UserError for an architecture that no family serves, naming those that one does.
     """
+    for key in ("architectures", "model_type"):
+        if hf.get(key) is not None:
+            checked(key, hf[key], where)
     wanted = hf.get("architectures") or []
     for family in all_families():
         if set(wanted) & set(family.architectures):
@@ -57,8 +61,8 @@ def model_config(folder: str | Path) -> tuple[dict[str, Any], Family, DecoderCon
     path = Path(folder) / "config.json"
     hf = read_json(path)
     family = find_family(hf, str(path))
-    hf = family.text_config(hf)
     try:
+        hf = family.text_config(hf)
         return hf, family, family.read_config(hf)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
@@ -73,10 +77,9 @@ def named_sizes() -> dict[str, tuple[Family, dict[str, Any], str]]:
 
 
 def _unknown(name: str, where: str, is_architecture: bool) -> str:
-    import difflib
-
     families = all_families()
     known = sorted({one for f in families for one in (f.architectures if is_architecture else f.model_types)})
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f", did you mean {close[0]}?" if close else ""
+    # A program wrote this name: only another spelling of a known one is a slip; what merely looks like it is another model.
+    same = [one for one in known if one.lower() == name.lower()]
+    hint = f", did you mean {same[0]}?" if same else ""
     return f"{where}: the architecture {name} is not among those known{hint} ({', '.join(known)})"

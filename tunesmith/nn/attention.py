@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tunesmith.nn.config import DecoderConfig
 from tunesmith.nn.kv_cache import KVCache
+from tunesmith.nn.linear import Linear
 from tunesmith.nn.norm import RMSNorm
 from tunesmith.nn.rope import rotate
 from tunesmith.nn.sequence_shards import SequenceShards
@@ -68,10 +69,10 @@ class Attention(nn.Module):
 
     def add_projections(self, config: DecoderConfig) -> None:
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_out_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) -> queries (B, T, H*K), keys and values (B, T, G*K)."""
@@ -103,7 +104,7 @@ class Attention(nn.Module):
             return attend(q, k, v, sight, self.window, self.scale, self.softcap)
         start = max(0, end - self.window) if mask is None and self.window is not None else 0
         keys, values = cache.read(self.layer, start, end)
-        return _kernel(q.transpose(1, 2), keys, values, mask, False, self.scale, self.softcap).transpose(1, 2)
+        return _look_back(q, keys, values, mask, self.scale, self.softcap)
 
 
 def attend(
@@ -296,6 +297,21 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
         grouped = False
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y.to(dtype)
+
+
+def _look_back(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Attention to a cache: q (B, T, H, K), k and v (B, G, S, K), mask (B, 1, T, S) -> (B, T, H, K).
+
+    The heads of one token that share a key are to the kernel what tokens of one head are: so each key is read once, and
+    none repeated. With several such rows, half precision need not be widened on the CPU either: its kernel compiles nothing
+    for so few, and is slow for a single one only.
+    """
+    if q.shape[1] > 1:
+        return _kernel(q.transpose(1, 2), k, v, mask, False, scale, softcap).transpose(1, 2)
+    groups = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
+    if softcap is not None or groups.shape[2] == 1:
+        return _kernel(groups, k, v, mask, False, scale, softcap).reshape(q.shape)
+    return F.scaled_dot_product_attention(groups.to(k.dtype), k, v, mask, scale=scale).reshape(q.shape)
 
 
 def _softcapped(q, k, v, mask: Tensor | None, causal: bool, scale: float, softcap: float) -> Tensor:

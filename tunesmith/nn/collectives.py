@@ -14,7 +14,7 @@ from torch import Tensor
 Group = dist.ProcessGroup
 
 # torch 2.13 renamed both.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _sum_and_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -28,7 +28,7 @@ def _gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """Equal parts of all ranks along `dim`, in the order of ranks."""
     x = x.contiguous()
     parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    _all_gather(parts, x, group=group)
+    all_gather(parts, x, group=group)
     return parts if dim == 0 else torch.cat(parts.chunk(group.size()), dim)
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.nn.collectives import copied, gathered, summed
+from tunesmith.nn.collectives import copied, gathered, shared_sum, summed
+from tunesmith.nn.linear import linear
 
 IGNORED = -100
 """Label of a position without loss."""
@@ -67,9 +68,15 @@ class Head(nn.Module):
         """(V, D), the head's own weight or the embedding's."""
         return self.weight if self.tied_to is None else self.tied_to.weight
 
+    def untie(self) -> None:
+        """Give a tied head a matrix of its own, without values; whoever asks for it keeps it equal to the embedding's."""
+        assert self.tied_to is not None
+        self.weight = nn.Parameter(torch.empty_like(self.tied_to.weight))
+        self._tied_to = (None,)
+
     def project(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) before the soft cap; (..., V here) where ranks share the matrix."""
-        return F.linear(hidden, self.matrix)
+        return linear(hidden, self.matrix)
 
     def forward(self, hidden: Tensor, compute: str = "_logits", *arguments: Any) -> Tensor:
         """Every use of the head passes here, so that hooks on the module (fully_shard's) see it."""
@@ -112,7 +119,14 @@ class Head(nn.Module):
         if self.tied_to is not None and self.tied_to.weight.requires_grad:
             parameters.append(self.tied_to.weight)
         learns = torch.is_grad_enabled() and (hidden.requires_grad or bool(parameters))
-        return _CrossEntropy.apply(self, self._entered(hidden), labels, chunk_size, learns, *parameters)
+        entered = self._entered(hidden)
+        loss, own, others = _cross_entropy(self, entered, labels, chunk_size, learns, parameters)
+        if not learns:
+            return loss
+        # Two nodes, since a pipeline may ask for the gradients of hidden states first and of weights later. Of nodes made
+        # later the backward pass comes first: `fully_shard` counts on the weights' being done when that of hidden comes out.
+        loss = _Formed.apply(loss, [own], entered)
+        return loss + _Formed.apply(torch.zeros_like(loss), others, *parameters) if parameters else loss
 
     def _entered(self, hidden: Tensor) -> Tensor:
         """Hidden states whose gradient is the sum of what the ranks' rows contribute."""
@@ -128,32 +142,41 @@ class Head(nn.Module):
         return f"{self.hidden_size}, {self.vocab_size}, tied={self.tied_to is not None}, softcap={self.softcap}"
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """The sum of -log p and, at once, its gradients."""
+@torch.no_grad()
+def _cross_entropy(
+    head: Head, hidden: Tensor, labels: Tensor, chunk_size: int, learns: bool, parameters: list[Tensor]
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The sum of -log p and, if it `learns`, at once the gradients of hidden and of the parameters."""
+    where, rows, targets = _with_label(hidden, labels)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    chunk = _plain_chunk if type(head).project is Head.project else _any_chunk
+    own, others = [], [torch.zeros_like(parameter) for parameter in parameters if learns]
+    for part, target in zip(_chunks(rows, chunk_size), _chunks(targets, chunk_size)):
+        loss, gradient = chunk(head, part, target, learns, parameters, others)
+        total += loss
+        own.append(gradient)
+    if not learns:
+        return total, None, others
+    flat = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device).view(-1, hidden.shape[-1])
+    if own:
+        flat.index_copy_(0, where, torch.cat(own).to(flat.dtype))
+    return total, flat.view_as(hidden), others
+
+
+class _Formed(torch.autograd.Function):
+    """A value whose gradients, for each of `inputs`, were formed with it."""
 
     @staticmethod
-    def forward(ctx, head: Head, hidden: Tensor, labels: Tensor, chunk_size: int, learns: bool, *parameters) -> Tensor:
-        where, rows, targets = _with_label(hidden, labels)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunk = _plain_chunk if type(head).project is Head.project else _any_chunk
-        own, others = [], [torch.zeros_like(parameter) for parameter in parameters if learns]
-        for part, target in zip(_chunks(rows, chunk_size), _chunks(targets, chunk_size)):
-            loss, gradient = chunk(head, part, target, learns, parameters, others)
-            total += loss
-            own.append(gradient)
-        if learns:
-            flat = torch.zeros_like(hidden).view(-1, hidden.shape[-1])
-            ctx.gradients = [flat.index_copy_(0, where, torch.cat(own).to(flat.dtype)) if own else flat, *others]
-            ctx.gradients[0] = ctx.gradients[0].view_as(hidden)
-        return total
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
 
     @staticmethod
-    def backward(ctx, scale: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, scale: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("Head.cross_entropy can be differentiated only once")
-        hidden, *others = (gradient.mul_(scale) for gradient in gradients)
-        return None, hidden, None, None, None, *others
+        return None, None, *(gradient.mul_(scale) for gradient in gradients)
 
 
 def _plain_chunk(head: Head, hidden: Tensor, labels: Tensor, learns: bool, parameters, gradients: list[Tensor]):
@@ -194,7 +217,8 @@ def _log_softmax(logits: Tensor, shard: VocabularyShard | None) -> Tensor:
     largest = logits.detach().amax(-1, keepdim=True)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=shard.group)
     shifted = logits - largest
-    return shifted - summed(shifted.exp().sum(-1, keepdim=True), shard.group).log()
+    # A label counts on one rank only, so all ranks' gradients of what they share must be added up.
+    return shifted - shared_sum(shifted.exp().sum(-1, keepdim=True), shard.group).log()
 
 
 def _of_labels(values: Tensor, labels: Tensor, shard: VocabularyShard | None) -> Tensor:

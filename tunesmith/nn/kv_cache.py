@@ -5,6 +5,8 @@ B batch, T new tokens, S slots, H key-value heads, K head size.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,15 @@ class KVCache:
         """Note that tokens were written to each row; lengths (B,) if rows are not equally long."""
         self.end, self.uniform = self.end_after(tokens), self.uniform and lengths is None
         self._length = self._length + tokens if lengths is None else lengths
+
+    def part(self, rows: slice) -> KVCache:
+        """Some rows as a cache of its own in the same memory: what it takes is here too, but this one's `length` is to be set."""
+        part = copy.copy(self)
+        part.keys = [keys[rows] for keys in self.keys]
+        part.values = [values[rows] for values in self.values]
+        part.ids = None if self.ids is None else self.ids[rows]
+        part.length = self._length[rows]
+        return part
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows, (B',) indices."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import UserError
 from tunesmith.nn.head import Head
+from tunesmith.nn.linear import Linear, linear
 from tunesmith.nn.part import Part, by_shard, local_tensor, parameter_parts, shard_rows, unsharded
 from tunesmith.nn.quantize import NF4Linear, quantize_linear_layers
 from tunesmith.nn.targets import choose_layers
@@ -90,7 +91,7 @@ class LoRALayer(nn.Module):
         drop = self.training and self.lora.dropout > 0
         dropped = F.dropout(x, self.lora.dropout) if drop else x
         # The adapter may be held in float32 beside a bfloat16 base: its gradient then arrives in float32.
-        update = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.lora.scaling
+        update = linear(linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.lora.scaling
         if self.lora_magnitude is None:
             return base + update
         ratio = self.lora_magnitude / self.row_norms()  # close to 1, where bfloat16 is coarse
@@ -139,14 +140,14 @@ class LoRALayer(nn.Module):
         local_tensor(self.lora_B).zero_()
 
 
-class LoRALinear(LoRALayer, nn.Linear):
+class LoRALinear(LoRALayer, Linear):
     """A frozen dense linear layer with an adapter."""
 
     def base_weight(self) -> Tensor:
         return self.weight
 
     def project_base(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, I) -> (…, O)."""
@@ -174,13 +175,13 @@ class LoRAHead(LoRALayer, Head):
         return self.matrix
 
     def project_base(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix)
+        return linear(x, self.matrix)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.lora}"
 
 
-_PLAIN = {LoRALinear: nn.Linear, NF4LoRALinear: NF4Linear, LoRAHead: Head}
+_PLAIN = {LoRALinear: Linear, NF4LoRALinear: NF4Linear, LoRAHead: Head}
 
 
 def _retyped(module: nn.Module, kind: type[M]) -> M:

@@ -25,6 +25,8 @@ class RMSNorm(nn.Module):
         if torch.compiler.is_compiling():  # a compiler fuses plain arithmetic, and finds out itself what to keep
             wide = x.float()
             return self.scaled(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps), x)
+        if not torch.is_grad_enabled():
+            return _normed(x, self.weight, self.eps, self.kind)[0]
         return _Norm.apply(x, self.weight, self.eps, self.kind)
 
     def scaled(self, normed: Tensor, x: Tensor) -> Tensor:
@@ -40,12 +42,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, kind: str) -> Tensor:
-        wide = x.float()
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
-        inverse = torch.rsqrt(mean_square + eps)
+        y, inverse = _normed(x, weight, eps, kind)
         ctx.save_for_backward(x, weight, inverse)
         ctx.kind = kind
-        return _scaled(wide * inverse, x, weight, kind)
+        return y
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -57,6 +57,14 @@ class _Norm(torch.autograd.Function):
         gradient = gradient * _scale(weight, ctx.kind)
         along = (gradient * normed).mean(-1, keepdim=True)
         return gradient.sub_(normed.mul_(along)).mul_(inverse).to(x.dtype), weight_gradient, None, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
+    """The norm of x, and 1 / rms(x)."""
+    wide = x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return _scaled(wide * inverse, x, weight, kind), inverse
 
 
 def _scaled(normed: Tensor, x: Tensor, weight: Tensor, kind: str) -> Tensor:

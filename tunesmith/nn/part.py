@@ -48,7 +48,7 @@ class Part:
         """The part out of a whole tensor; a view where its rows are one range."""
         if self.is_whole:
             return whole
-        pieces = [self._columns_of(whole[start:stop]) for start, stop in self.rows]
+        pieces = [self._columns_of(whole[start:stop]) for start, stop in self.rows or ((0, 0),)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def put(self, local: Tensor, whole: Tensor) -> None:

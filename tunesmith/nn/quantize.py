@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.nn.linear import Linear
+
 BLOCK_SIZE = 64
 
 # The 16 levels of NF4 (arXiv 2305.14314, appendix E): quantiles of a standard normal distribution, scaled to [-1, 1], with an exact zero.
@@ -167,7 +169,7 @@ def quantize_linear_layers(model: nn.Module) -> list[str]:
 
     On the meta device nothing is computed: weights are quantized as they are loaded, so that the dense model never exists.
     """
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    names = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Linear)]
     for name in names:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, NF4Linear.from_linear(model.get_submodule(name)))  # type: ignore[arg-type]

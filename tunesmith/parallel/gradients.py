@@ -18,13 +18,39 @@ def sum_partial(model: nn.Module, parameters: Mapping[str, Tensor], mesh: Mesh) 
     """Complete the gradients of parameters of which ranks have summands, one message for each number type.
 
     Along tp these are the ones that are whole on every rank but saw a part of the heads, outputs or tokens; along pp a tied
-    embedding, which the first stage reads and the last one projects with.
+    embedding, which the first stage reads and of which the last one projects with a copy.
     """
     partial = getattr(model, "summed_over_tp", ())
     _sum([p.grad for name, p in parameters.items() if name in partial and p.grad is not None], mesh, "tp")
-    sum_tied = getattr(model, "sum_tied", None)
-    if sum_tied is not None:
-        sum_tied(parameters)
+    for copy, original in getattr(model, "copies", {}).items():
+        _sum_with_copy([parameters[name] for name in (original, copy) if name in parameters], mesh)
+
+
+def _sum_with_copy(held: list[Tensor], mesh: Mesh) -> None:
+    """Give a parameter and its copy the sum of their gradients; `held`: those of the two that are on this rank.
+
+    They are on the first and the last rank of a pipeline, or both on the first. A sum of two is the same to the bit in
+    either order, so the two stay equal.
+    """
+    gradients = []
+    for parameter in held:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients.append(parameter.grad)
+    if len(gradients) == 2:
+        gradients[0] += gradients[1]
+        gradients[1].copy_(gradients[0])
+    elif gradients:
+        gradients[0] += _exchanged(gradients[0], mesh.group("pp"), mesh.size("pp") - 1 - mesh.index("pp"))
+
+
+def _exchanged(own: Tensor, group: dist.ProcessGroup, peer: int) -> Tensor:
+    """What another rank of the group has, which gets `own`."""
+    other = torch.empty_like(own, memory_format=torch.contiguous_format)
+    sending = dist.P2POp(dist.isend, own.contiguous(), group=group, group_peer=peer)
+    receiving = dist.P2POp(dist.irecv, other, group=group, group_peer=peer)
+    for message in dist.batch_isend_irecv([sending, receiving]):
+        message.wait()
+    return other
 
 
 def _sum(gradients: list[Tensor], mesh: Mesh, axis: str) -> None:

@@ -83,6 +83,14 @@ class Mesh:
         """Whether this rank speaks to the user and writes the run folder."""
         return self.rank == 0
 
+    def node_first(self, make: Callable[[], T]) -> T:
+        """`make()` on every rank, on one of each machine before the others, which then find what it left in the machine's caches."""
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        made: list[T] = []
+        self.ranks.on_all(lambda: made.append(make()) if is_first else None)
+        self.ranks.on_all(lambda: None if is_first else made.append(make()))
+        return made[0]
+
     def sum(self, values: Sequence[float], axes: Sequence[str] = DATA) -> list[float]:
         """Sums of `values` over all ranks along `axes`, in float64; the same on each of them, to the bit."""
         return self._reduce(values, axes, dist.ReduceOp.SUM)

@@ -11,26 +11,28 @@ from tunesmith.configs.shared import TrainSettings
 from tunesmith.nn.sequence_shards import SequenceShards
 from tunesmith.parallel.memory import apply_activation_checkpointing
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.pipeline import cut_into_stages
 from tunesmith.parallel.tensor import apply_tensor_parallel
 
 
 def parallelize(
     model: nn.Module, mesh: Mesh, plan: dict[str, str], config: TrainSettings, compute_dtype: torch.dtype | None = None
 ) -> None:
-    """Change `model` (on the meta device) in place, in this order: tensor parallelism by the family's `plan`, shared rows,
-    activation checkpointing, compile per layer, `fully_shard`. What has a mesh of size one is left out.
+    """Change `model` (on the meta device) in place, in this order: the stages of a pipeline, tensor parallelism by the family's
+    `plan`, shared rows, activation checkpointing, compile per layer, `fully_shard`. What has a mesh of size one is left out.
 
     compute_dtype: number type to compute in where it isn't that of the parameters.
     """
     decoder: Any = model.model
+    all_layers = list(decoder.layers.values())
+    cut_into_stages(model, mesh, config)
     apply_tensor_parallel(model, plan, mesh, config.sequence_parallel)
     if mesh.size("cp") > 1:
         model.sequence_shards = SequenceShards(mesh.group("cp"))  # type: ignore[assignment]
-    layers = list(decoder.layers.values())
-    if config.enable_activation_checkpointing:
-        apply_activation_checkpointing(layers, config.ac_mode, config.ac_option)
+    if config.enable_activation_checkpointing:  # every n-th of all layers, whichever are here
+        apply_activation_checkpointing(all_layers, config.ac_mode, config.ac_option)
     if config.compile:
-        for layer in layers:
+        for layer in decoder.layers.values():
             layer.compile()
     if mesh.size("dp_replicate", "dp_shard", "cp") > 1 or compute_dtype is not None or config.fsdp_cpu_offload:
         decoder.computes_in = compute_dtype
@@ -40,12 +42,15 @@ def parallelize(
 
 def _speaks_for(model: nn.Module, mesh: Mesh, name: str) -> bool:
     """Of what several ranks hold the same: of copies the first, of what tensor parallelism left whole the first rank's."""
-    is_cut = name in getattr(model, "tensor_parts", {})
-    return mesh.index("dp_replicate") == 0 and (is_cut or mesh.index("tp") == 0)
+    is_cut, is_copy = name in getattr(model, "tensor_parts", {}), name in getattr(model, "copies", {})
+    return mesh.index("dp_replicate") == 0 and (is_cut or mesh.index("tp") == 0) and not is_copy
 
 
 def _shard(model: Any, mesh: Mesh, config: TrainSettings, compute_dtype: torch.dtype | None) -> None:
-    """Cut parameters, gradients and optimizer states over the ranks: embedding, each layer and the head apart, the final norm with the whole."""
+    """Cut parameters, gradients and optimizer states over the ranks: embedding, each layer and the head apart, the final norm with the whole.
+
+    The whole is the decoder or, in a pipeline, each stage: its schedule gathers and lets go of a stage at a time.
+    """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # takes most of a second
 
     decoder = model.model
@@ -64,8 +69,10 @@ def _shard(model: Any, mesh: Mesh, config: TrainSettings, compute_dtype: torch.d
         fully_shard(layer, reshard_after_forward=again, **options)
     if head is not None and list(head.parameters()):  # its backward follows at once
         fully_shard(head, reshard_after_forward=False, **options)
-    fully_shard(decoder, reshard_after_forward=False, **options)
-    for module in model.modules():
+    wholes = model.pipeline.stages if model.pipeline is not None else [decoder]
+    for whole in wholes:
+        fully_shard(whole, reshard_after_forward=False, **options)
+    for module in [*model.modules(), *wholes]:
         if isinstance(module, FSDPModule):
             # A loss is a sum over the global batch, divided once: gradients are summed over ranks, not averaged.
             module.set_gradient_divide_factor(1.0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tunesmith.nn.collectives import Group, copied, gathered, scattered_sum, shared_sum, summed
 from tunesmith.nn.head import Head, VocabularyShard
+from tunesmith.nn.linear import linear
 from tunesmith.nn.lora import LoRALayer
 from tunesmith.nn.norm import RMSNorm
 from tunesmith.nn.part import Part, Range
@@ -56,7 +57,8 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: Mesh, se
         _rewire(module, word, split)
     for name in {name.rpartition(".")[0] for name, word in words.items() if word in _OUTPUTS}:
         split.wrap_input(model.get_submodule(name))
-    split.wrap_decoder(model.model)  # type: ignore[arg-type]
+    for decoder in [stage.decoder for stage in model.pipeline.stages] if model.pipeline else [model.model]:  # type: ignore[union-attr]
+        split.wrap_decoder(decoder)  # type: ignore[arg-type]
     model.config = _local_config(model.config, group)  # type: ignore[arg-type, assignment]
     if sequence_parallel:  # what is whole sees a part of the tokens only
         partial |= {name for name, _ in model.named_parameters() if name not in parts}
@@ -209,7 +211,7 @@ def _sum_outputs(module: Any, split: _Split) -> None:
 def _without_bias(module: Any, x: Tensor) -> Tensor:
     if isinstance(module, LoRALayer):
         return module.project(x)
-    return module.project_quantized(x) if isinstance(module, NF4Linear) else F.linear(x, module.weight)
+    return module.project_quantized(x) if isinstance(module, NF4Linear) else linear(x, module.weight)
 
 
 def _look_up_own_rows(module: nn.Embedding, split: _Split) -> None:

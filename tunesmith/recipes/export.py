@@ -21,18 +21,6 @@ from tunesmith.errors import UserError
 from tunesmith.nn.lora import adapter_layers
 from tunesmith.training.build import DTYPES, load_model
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
 
 def main(config: Export) -> None:
     output, shard_size = Path(config.output_dir), parse_size(config.max_shard_size)
@@ -52,7 +40,7 @@ def main(config: Export) -> None:
     try:
         dtype = DTYPES[config.dtype] if config.dtype else None
         digests = write_repository(model, partial, dtype=dtype, max_shard_size=shard_size, source=base or folder)
-        digests |= copy_files(tokenizer_folder(folder, base), partial, TOKENIZER_FILES)
+        digests |= copy_files(tokenizer_folder(folder, base), partial, hub.TOKENIZER_FILES)
         verify(partial, digests)
         difference = check_saved(model, partial, config.tolerance)
         if output.exists():

@@ -24,10 +24,8 @@ from tunesmith.errors import UserError
 from tunesmith.generation.engine import Completion, Prompt, generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.parallel.device import pick_device, supports_bf16
-from tunesmith.training.build import load_model
+from tunesmith.training.build import DTYPES, load_model
 from tunesmith.training.preflight import check
-
-DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 
 
 def main(config: Generate) -> None:
@@ -96,7 +94,7 @@ def read_prompts(config: Generate) -> list[str | ChatPrompt]:
             print("Type the prompt; end it with Ctrl-D on a line of its own.", file=sys.stderr)
         text = sys.stdin.read().removesuffix("\n")
         if not text:
-            raise UserError("there is no prompt: set `prompt`, or write one to standard input")
+            raise UserError("there is no prompt: `prompt` is empty, and so is standard input; write it to one of them")
         return [text]
     prompts: list[str | ChatPrompt] = list(config.prompt) if isinstance(config.prompt, list) else [config.prompt]
     if not prompts:

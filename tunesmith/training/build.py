@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
 from tunesmith.checkpoint.hf import load_weights, read_model_config, stated_dtype
 from tunesmith.configs.shared import LoRAWeights, TrainSettings
+from tunesmith.data.loader import DEFAULT_MAX_SEQ_LEN
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models import families
@@ -25,7 +27,9 @@ from tunesmith.nn.quantize import quantize_linear_layers
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
-from tunesmith.training.preflight import check_vocabulary
+from tunesmith.training.preflight import check_vocabulary, warn_of_another_base
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -35,8 +39,6 @@ DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
-
-DEFAULT_MAX_SEQ_LEN = 2048
 
 
 @dataclass
@@ -195,12 +197,15 @@ def load_model(
         if adapter is not None:
             raise UserError(f"{path} is an adapter itself: give its base as the model, or no second adapter")
         adapter, folder = folder, _base_of(folder, base)
+        path = base or folder
     hf_config, family, decoder_config = read_model_config(folder)
     wanted = _dtype(dtype) if dtype is not None else stated_dtype(hf_config)
     with torch.device("meta"), default_dtype(wanted):
         model = build(hf_config, family, decoder_config)
     adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
     if adapter_folder is not None:
+        if warning := warn_of_another_base(adapter_folder, str(path)):
+            logger.warning("%s", warning)
         peft.apply_adapter(model, adapter_folder, quantize_base="nf4" if quantize_base else None, dtype=torch.float32)
     elif quantize_base:
         quantize_linear_layers(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -25,7 +26,8 @@ def claim(folder: Path, resume: bool) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
-        raise UserError(f"output_dir {folder} can't be written ({error.strerror}): choose another") from error
+        reason = "no folder can be made there" if error.errno == errno.ENOENT else error.strerror  # as in /proc
+        raise UserError(f"output_dir {folder} can't be written ({reason}): choose another") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -172,7 +172,9 @@ class MLflowLogger:
     def __init__(self, folder: Path, section: shared.MLflow, settings: dict[str, Any], resume_step: int):
         mlflow = require("mlflow", "mlflow", "metric_logger.type=mlflow")
         self._entities = require("mlflow.entities", "mlflow", "metric_logger.type=mlflow")
-        self._client = mlflow.MlflowClient(tracking_uri=section.tracking_uri)
+        own = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+        uri = section.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or own
+        self._client = mlflow.MlflowClient(tracking_uri=uri)
         self._run_id, is_known = _run_id(
             folder, "mlflow", resume_step, lambda: self._create_run(section, section.run_name or folder.resolve().name)
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +22,9 @@ from tunesmith.errors import UserError, require
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.parallel.gradients import norm_over, sum_partial
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.whole import Wholes
 from tunesmith.training.adamw import AdamWithStateDtype
+from tunesmith.training.muon import Muon
 from tunesmith.training.schedule import lr_factor
 
 Parameters = list[tuple[str, nn.Parameter]]
@@ -37,19 +42,36 @@ class Optimizer:
         self.may_skip = False
         self._model = model
         self._trained: Parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        if not self._trained:
+        if not mesh.max([len(self._trained)])[0]:
             raise UserError("no parameter is trained: `weights.target_modules` matches nothing that can learn")
         # Updates are elementwise, so each rank makes those of its part, as plain tensors: any optimizer understands them.
         self._parameters: Parameters = [(n, _own_part(p)) for n, p in self._trained]
         self._parts, self._speaks = parameter_parts(model), speaks_for(model)
+        self._copies: dict[str, str] = getattr(model, "copies", {})
         self._scaler = torch.amp.GradScaler(mesh.device.type) if config.dtype == "fp16" else None
+        if self._scaler:  # which begins to work when it scales something: stages of a pipeline have no loss
+            self._scaler.scale(torch.zeros((), device=mesh.device))
         self._lengths: dict[str, Tensor] = {}
         if config.optimizer_in_bwd:
-            self._optimizers = [o for p in self._parameters for o in build_optimizers([p], config.optimizer)]
+            self._optimizers = [o for p in self._parameters for o in self._build([p])]
             self._update_in_backward()
         else:
-            self._optimizers = build_optimizers(self._parameters, config.optimizer)
+            self._optimizers = self._build(self._parameters)
         self._groups_at_start = [_numbers(group) for group in self._groups()]
+
+    def _build(self, parameters: Parameters) -> list[torch.optim.Optimizer]:
+        config = self.config.optimizer
+        if isinstance(config, shared.Adafactor) and not all(self._parts[name].is_whole for name, _ in parameters):
+            raise UserError(
+                "`optimizer.type: adafactor` takes means over whole rows and columns, which no rank has where "
+                "`data_parallel_shard_dim`, `context_parallel_dim` or `tensor_parallel_dim` cut them: use copies "
+                "(`data_parallel_shard_dim: 1` with `data_parallel_replicate_dim`), or another optimizer"
+            )
+        return build_optimizers(parameters, config, lambda: self._wholes)
+
+    @cached_property
+    def _wholes(self) -> Wholes:
+        return Wholes(self._model, self.mesh)
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context of a forward pass: fp16 computes under autocast over float32 weights, others as the weights are."""
@@ -113,9 +135,11 @@ class Optimizer:
     def _update_loss_scale(self) -> None:
         if self._scaler is None:
             return
-        for state in self._scaler._per_optimizer_states.values():  # an overflow anywhere is one everywhere
-            for found in state["found_inf_per_device"].values():
-                found.fill_(self.mesh.max([float(found)])[0])
+        states = self._scaler._per_optimizer_states.values()
+        found = [one for state in states for one in state["found_inf_per_device"].values()]
+        anywhere = self.mesh.max([max(map(float, found), default=0.0)])[0]  # an overflow anywhere is one everywhere
+        for one in found:
+            one.fill_(anywhere)
         self._scaler.update()
         if self._scaler.get_scale() < _SMALLEST_LOSS_SCALE:
             raise UserError(
@@ -163,7 +187,8 @@ class Optimizer:
         names = self._name_of
         for optimizer in self._optimizers:
             for parameter, state in optimizer.state.items():
-                _take_apart(names[id(parameter)], dict(state), tensors, values)
+                if names[id(parameter)] not in self._copies:
+                    _take_apart(names[id(parameter)], dict(state), tensors, values)
         values["wrapped"] = {self._own_slot(slot): record for slot, record in values["wrapped"].items()}
         outgoing: dict[str, Outgoing] = {}
         for slot, tensor in tensors.items():
@@ -196,18 +221,21 @@ class Optimizer:
             )
         wrapped = {slot.partition("@")[0]: one for slot, one in values["wrapped"].items() if self._is_own(slot)}
         values = {**values, "wrapped": wrapped}
-        tensors = {
-            slot.partition("@")[0]: self._read(slot, tensor)
-            for slot, tensor in stored.items()
-            if slot.partition("::")[0] in self._parts and self._is_own(slot)
-        }
+        slots: dict[str, list[str]] = {}
+        for slot in filter(self._is_own, stored):
+            slots.setdefault(slot.partition("::")[0], []).append(slot)
         for optimizer in self._optimizers:
             fused = bool(optimizer.defaults.get("fused"))
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name = self._name_of[id(parameter)]
-                    if name in saved:
-                        state = _put_together(name, tensors, values)
+                    original = self._copies.get(name, name)
+                    if original in saved:
+                        own = {
+                            slot.partition("@")[0]: self._read(slot, stored[slot], name)
+                            for slot in slots.get(original, ())
+                        }
+                        state = _put_together(original, own, values)
                         state = {k: _place(k, v, parameter, fused) for k, v in state.items()}
                         optimizer.state[parameter] = _as_asked(optimizer, parameter, state)
 
@@ -218,8 +246,8 @@ class Optimizer:
     def _is_own(self, slot: str) -> bool:
         return "@" not in slot or slot == self._own_slot(slot.partition("@")[0])
 
-    def _read(self, slot: str, stored: StoredTensor) -> Tensor:
-        part = self._parts[slot.partition("::")[0]]
+    def _read(self, slot: str, stored: StoredTensor, name: str) -> Tensor:
+        part = self._parts[name]
         is_cut = "@" not in slot and tuple(stored.shape) == part.shape
         tensor = torch.empty(part.local_shape if is_cut else stored.shape, dtype=stored.dtype)
         stored.read_into(tensor, part if is_cut else None)
@@ -349,8 +377,12 @@ def _as_asked(optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[s
 # --- optimizers by name ------------------------------------------------------------------------------
 
 
-def build_optimizers(parameters: Parameters, config: shared.Optimizer) -> list[torch.optim.Optimizer]:
-    """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes."""
+def build_optimizers(
+    parameters: Parameters, config: shared.Optimizer, wholes: Callable[[], Wholes]
+) -> list[torch.optim.Optimizer]:
+    """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes; none for none."""
+    if not parameters:
+        return []
     if isinstance(config, shared.AdamW):
         kind = torch.optim.AdamW
         if config.state_dtype is not None:
@@ -358,7 +390,7 @@ def build_optimizers(parameters: Parameters, config: shared.Optimizer) -> list[t
         groups = _groups(parameters, config.weight_decay)
         return [kind(groups, config.lr, config.betas, config.eps, fused=config.fused)]
     if isinstance(config, shared.AdamW8bit):
-        torchao_optim = require("torchao.optim", "torchao", "`optimizer.type: adamw_8bit`")
+        torchao_optim = _import_torchao()
         return [torchao_optim.AdamW8bit(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps)]
     if isinstance(config, shared.SGD):
         groups = _groups(parameters, config.weight_decay)
@@ -366,7 +398,7 @@ def build_optimizers(parameters: Parameters, config: shared.Optimizer) -> list[t
     if isinstance(config, shared.Adafactor):
         return [torch.optim.Adafactor(_groups(parameters, config.weight_decay), config.lr)]
     if isinstance(config, shared.Muon):
-        return _muon(parameters, config)
+        return _muon(parameters, config, wholes())
     return [_third_party(parameters, config)]
 
 
@@ -378,7 +410,7 @@ def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-def _muon(parameters: Parameters, config: shared.Muon) -> list[torch.optim.Optimizer]:
+def _muon(parameters: Parameters, config: shared.Muon, wholes: Wholes) -> list[torch.optim.Optimizer]:
     def is_hidden_matrix(item: tuple[str, nn.Parameter]) -> bool:
         name, parameter = item
         return parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith("lm_head")
@@ -387,27 +419,36 @@ def _muon(parameters: Parameters, config: shared.Muon) -> list[torch.optim.Optim
     others = [item for item in parameters if not is_hidden_matrix(item)]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                [p for _, p in matrices],
-                config.lr,
-                config.weight_decay,
-                config.momentum,
-                config.nesterov,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        settings = (config.lr, config.weight_decay, config.momentum, config.nesterov)
+        optimizers.append(Muon(dict(matrices), wholes, *settings))
     if others:
         optimizers.append(torch.optim.AdamW(_groups(others, config.weight_decay), config.lr, fused=True))
     return optimizers
 
 
+def _import_torchao() -> Any:
+    """torchao's optimizers, without what it and torch tell developers of: kernels it wasn't built with, names that are to change."""
+    warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash_for_caching")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return require("torchao.optim", "torchao", "`optimizer.type: adamw_8bit`")
+    finally:
+        logging.disable(before)
+
+
 def _third_party(parameters: Parameters, config: shared.ThirdPartyOptimizer) -> torch.optim.Optimizer:
     kind: Callable[..., torch.optim.Optimizer] = import_dotted(config.type, "optimizer.type")
     try:
-        return kind([p for _, p in parameters], lr=config.lr, **config.options)
+        optimizer = kind([p for _, p in parameters], lr=config.lr, **config.options)
     except TypeError as error:
         raise UserError(f"`optimizer.type: {config.type}` doesn't take these options: {error}") from error
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(
+            f"`optimizer.type: {config.type}` computes the loss several times a step (its step() needs a closure), which training doesn't do: choose another"
+        )
+    return optimizer
 
 
 def import_dotted(path: str, key: str) -> Any:

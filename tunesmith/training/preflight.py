@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.configs.layout import Layout
+from tunesmith.configs.stages import micro_batch_problems, stage_layers
 from tunesmith.errors import ConfigError, UserError
-from tunesmith.hub import follow_latest
+from tunesmith.hub import fingerprint_folder, follow_latest, read_json, read_weight_map
 
 if TYPE_CHECKING:
     from tunesmith.models.family import DecoderConfig, Family
@@ -106,9 +107,9 @@ def _weights(folder: Path) -> Iterator[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, UnicodeDecodeError):
-            yield f"{index}: damaged (no weight_map can be read); download it again"
+            shards = sorted(set(read_weight_map(index).values()))
+        except UserError as error:
+            yield str(error)
             return
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
@@ -185,23 +186,51 @@ def _adapters(config: Any, notes: list[str]) -> Iterator[str]:
 
 def _adapter(option: str, folder: Path, base: str | None, notes: list[str]) -> Iterator[str]:
     """An adapter's own files, and its base where nothing else names one."""
+    from tunesmith.models.config_json import check_known
+
     try:
-        named = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError, UnicodeDecodeError):
-        yield f"{folder / ADAPTER_FILE}: not valid JSON"
+        settings = read_json(folder / ADAPTER_FILE)
+        check_known(settings, str(folder / ADAPTER_FILE))
+    except UserError as error:
+        yield str(error)
         return
+    named = settings.get("base_model_name_or_path")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         if not (folder / "adapter_model.bin").is_file():
             yield f"{folder}: no adapter_model.safetensors, so this adapter has no weights"
     elif damage := damaged(weights):
         yield f"{weights}: {damage}"
-    elif base or named:
-        yield from _adapter_fit(folder, weights, follow_latest(Path(base or named).expanduser()))
+    elif used := base or named:
+        yield from _adapter_fit(folder, weights, follow_latest(Path(used).expanduser()))
     if base is None and not named:
         yield f"{folder / ADAPTER_FILE}: names no base model; give it as `base`"
-    elif base is None and not Path(named).expanduser().exists():
-        yield from _not_a_folder(f"{option} (base of {folder})", named, notes)
+    elif base is None and not Path(named or "").expanduser().exists():
+        yield from _not_a_folder(f"{option} (base of {folder})", named or "", notes)
+    elif base is not None and (warning := warn_of_another_base(folder, base)):
+        notes.append(warning)
+
+
+def warn_of_another_base(adapter: Path, base: str) -> str | None:
+    """A sentence where an adapter names another base than the one it is put on: of the same shape, it loads and talks nonsense."""
+    named = read_json(adapter / ADAPTER_FILE).get("base_model_name_or_path")
+    if not named or _same_model(str(named), base):
+        return None
+    return f"the adapter in {adapter} was made for {named}, and is put on {base}: where these are different models, give the one it was made for"
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two names mean one model: the same folder, another with the same content, or, where one is not here, the same last name."""
+    folders = [follow_latest(Path(name).expanduser()) for name in (one, other)]
+    if all(folder.is_dir() for folder in folders):
+        return folders[0].samefile(folders[1]) or len({fingerprint_folder(folder) for folder in folders}) == 1
+    return len({_last_name(name) for name in (one, other)}) == 1
+
+
+def _last_name(name: str) -> str:
+    """Qwen3-0.6B of Qwen/Qwen3-0.6B, of /models/Qwen3-0.6B/ and of its place in the Hub's cache, …/models--Qwen--Qwen3-0.6B/snapshots/…"""
+    cached = re.search(r"models--.+?--([^/]+)/snapshots/", name)
+    return (cached[1] if cached else Path(name).name).lower()
 
 
 def _adapter_fit(folder: Path, weights: Path, base: Path) -> Iterator[str]:
@@ -358,7 +387,10 @@ def _source(source: Any, option: str, notes: list[str]) -> Iterator[str]:
 
     name = source.source
     if source.reader is not None:
-        if not _importable(source.reader):
+        file, is_file, _ = source.reader.rpartition(".py:")
+        if is_file and not Path(f"{file}.py").expanduser().is_file():
+            yield f"`{option}.reader`: there is no file {file}.py"
+        elif not is_file and not _importable(source.reader):
             yield f"`{option}.reader`: no module {source.reader.rpartition('.')[0]} can be imported"
         return
     if name in named.NAMED or Path(name).expanduser().exists():
@@ -426,8 +458,41 @@ def _layout(config: Any, notes: list[str]) -> Iterator[str]:
             layout.sizes(int(os.environ["WORLD_SIZE"]))
         except UserError as error:
             yield str(error)
+    if config.pipeline_parallel_dim > 1:
+        yield from _pipeline(config, layout)
     if config.expert_parallel_dim > 1:
         yield "`expert_parallel_dim`: there are no experts in the models that are supported yet; leave it at 1"
+
+
+def _pipeline(config: Any, layout: Layout) -> Iterator[str]:
+    """Whether the model's layers and the micro-batches of a step fit the pipeline, as far as they are known."""
+    if (layers := _num_layers(config)) is not None:
+        try:
+            stage_layers(config, layers)
+        except UserError as error:
+            yield str(error)
+    if config.global_batch_size is not None and "WORLD_SIZE" in os.environ:
+        try:
+            _, replicas, shards, *_ = layout.sizes(int(os.environ["WORLD_SIZE"]))
+        except UserError:  # said already
+            return
+        yield from micro_batch_problems(config, config.global_batch_size // (config.batch_size * replicas * shards))
+
+
+def _num_layers(config: Any) -> int | None:
+    """Of the model; None where that is not known yet, or is reported elsewhere."""
+    from tunesmith.models.families import model_config, named_sizes
+
+    folder = follow_latest(Path(config.model).expanduser())
+    try:
+        if folder.is_dir():
+            return model_config(folder)[2].num_hidden_layers
+        if config.model in (sizes := named_sizes()):
+            family, numbers, _ = sizes[config.model]
+            return family.read_config({**numbers, **(getattr(config, "model_args", None) or {})}).num_hidden_layers
+    except UserError:
+        pass
+    return None
 
 
 _EXTRAS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -132,8 +133,15 @@ class Progress:
         return f"{format_seconds(seconds / steps * (self.total_steps - self.step))} left"
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # Whoever read this is gone (`| head`, a closed terminal): no reason to lose a run, which goes on in silence.
+            self.enabled = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def is_live(stream: TextIO) -> bool:

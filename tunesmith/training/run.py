@@ -27,12 +27,12 @@ from typing import Any, TypeVar
 import torch
 
 import tunesmith
+from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
 from tunesmith.checkpoint.hf import check_saved, stage_repository
 from tunesmith.checkpoint.resume import (
     Checkpoints,
     check_same_run,
-    fingerprint_folder,
     newest_checkpoint,
     read_state,
 )
@@ -51,7 +51,7 @@ from tunesmith.training.folder import claim, environment, unclaim
 from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.meter import Meter
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check, is_restart, warn_of_length
+from tunesmith.training.preflight import check, is_restart, warn_of_another_base, warn_of_length
 from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
@@ -84,12 +84,15 @@ class Run:
         self._check_saved: Callable[[Path], float | None] | None = None
 
     def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
-        """Before data are read: raise UserError where model, tokenizer and adapter don't fit together, warn of rows too long for the model."""
+        """Before data are read: raise UserError where model, tokenizer and adapter don't fit together, warn where they may not."""
         model, _ = construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
         if isinstance(self.config.weights, LoRAWeights):
             freeze_base(model)
         self._meter.flops = training_flops(model)
-        if warning := warn_of_length(self.config, source.family.read_config(source.hf_config)):
+        warnings = [warn_of_length(self.config, source.family.read_config(source.hf_config))]
+        if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
+            warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
+        for warning in filter(None, warnings):
             self.note(warning)
 
     # --- the loop ------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ class Run:
         numbers = hashlib.sha256(json.dumps(source.hf_config, sort_keys=True).encode()).hexdigest()[:16]
         return {
             **_fixed_settings(self.config, self.recipe),
-            "model": f"{fingerprint_folder(source.folder)}-{numbers}" if source.folder else numbers,
+            "model": f"{hub.fingerprint_folder(source.folder)}-{numbers}" if source.folder else numbers,
             "global_batch_size": data.rows_per_step,
             "data": data.fingerprint,
         }

@@ -24,7 +24,7 @@ from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.head import Head
 from tunesmith.parallel.memory import offload_activations
 from tunesmith.parallel.mesh import LOSS, Mesh
-from tunesmith.parallel.pipeline import forward, forward_backward
+from tunesmith.parallel.pipeline import forward, forward_backward, same_width
 from tunesmith.training.optim import Optimizer
 
 LossFunction = Callable[[Head, Tensor, Batch], dict[str, tuple[Tensor, str]]]
@@ -79,7 +79,7 @@ def train_step(
             sums[name] = sums.get(name, 0.0) + value.detach()
         return optimizer.scaled(torch.stack(list(means.values())).sum())
 
-    own = [own_tokens(model, batch, mesh).to(mesh.device) for batch in batches]
+    own = [own_tokens(model, batch, mesh).to(mesh.device) for batch in same_width(batches, mesh)]
     forward_backward(model, own, mean_loss, lambda: _computing(optimizer, mesh))
     totals = _sum_terms({name: float(value) for name, value in sums.items()}, mesh)
     loss_value = sum(totals.values())

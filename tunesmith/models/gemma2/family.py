@@ -23,7 +23,7 @@ def read_config(hf: dict[str, Any]) -> DecoderConfig:
         attention_scale=reader.take("query_pre_attn_scalar", default=256) ** -0.5,
         attention_softcap=reader.take_or_null("attn_logit_softcapping", default=50.0),
         final_logit_softcap=reader.take_or_null("final_logit_softcapping", default=30.0),
-        layer_windows=layer_windows(reader.take("layer_types", default=usual), window),
+        layer_windows=layer_windows(reader.take("layer_types", default=usual), window, fields["num_hidden_layers"]),
     )
     reader.finish()
     return config

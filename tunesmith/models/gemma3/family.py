@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.errors import UserError
-from tunesmith.models.config_json import ConfigJson, layer_windows, rope_config
+from tunesmith.models.config_json import ConfigJson, checked, layer_windows, rope_config
 from tunesmith.models.family import DecoderConfig, Family, RopeConfig
 from tunesmith.models.gemma.family import COMMON, gemma_fields
 from tunesmith.models.qwen3.family import PER_HEAD_PLAN
@@ -47,7 +47,7 @@ def read_config(hf: dict[str, Any]) -> DecoderConfig:
         local_rope=local,
         attention_scale=reader.take("query_pre_attn_scalar") ** -0.5,
         final_logit_softcap=reader.take("final_logit_softcapping"),
-        layer_windows=layer_windows(types, reader.take("sliding_window")),
+        layer_windows=layer_windows(types, reader.take("sliding_window"), fields["num_hidden_layers"]),
     )
     reader.finish()
     return config
@@ -65,9 +65,10 @@ def _ropes(reader: ConfigJson) -> tuple[RopeConfig, RopeConfig]:
     unknown = set(parameters) - {"full_attention", "sliding_attention"}
     if unknown:
         raise UserError(f"config.json: `rope_parameters` of Gemma 3 has no {sorted(unknown)[0]!r} that is understood")
-    everywhere = {**(parameters.get("full_attention") or {}), **reader.take("rope_scaling", default={})}
+    own = {key: checked(key, value) for key, value in parameters.items() if value is not None}
+    everywhere = {**own.get("full_attention", {}), **reader.take("rope_scaling", default={})}
     theta, local_theta = reader.take("rope_theta", default=1e6), reader.take("rope_local_base_freq", default=1e4)
-    local = parameters.get("sliding_attention") or {}
+    local = own.get("sliding_attention", {})
     return rope_config(reader, everywhere, theta), rope_config(reader, local, local_theta)
 
 
@@ -75,6 +76,7 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
     """The config.json of the text model in a repository's, complete; a text model's own is left as it is."""
     if "text_config" not in hf:
         return dict(hf)
+    checked("text_config", hf["text_config"])
     outer = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "initializer_range")
     return {
         **DEFAULTS,

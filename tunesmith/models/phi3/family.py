@@ -19,7 +19,7 @@ def read_config(hf: dict[str, Any]) -> DecoderConfig:
     config = DecoderConfig(
         **fields,
         # Early files call longrope "su", or "yarn", which it never was.
-        rope=read_rope(reader, aliases={"su": "longrope", "yarn": "longrope"}),
+        rope=read_rope(reader, aliases={"su": "longrope", "yarn": "longrope"}, rotates_part=True),
         layer_windows=(window,) * fields["num_hidden_layers"],
     )
     reader.finish()

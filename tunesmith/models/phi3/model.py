@@ -7,14 +7,15 @@ from torch import Tensor, nn
 from tunesmith.models.decoder import Block, CausalLM
 from tunesmith.models.family import DecoderConfig
 from tunesmith.nn.attention import Attention
+from tunesmith.nn.linear import Linear
 from tunesmith.nn.mlp import ACTIVATIONS
 
 
 class FusedAttention(Attention):
     def add_projections(self, config: DecoderConfig) -> None:
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, queries + 2 * keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_out_bias)
+        self.qkv_proj = Linear(config.hidden_size, queries + 2 * keys, bias=config.attention_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_out_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fused = self.qkv_proj(x)
@@ -30,8 +31,8 @@ class FusedMLP(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:

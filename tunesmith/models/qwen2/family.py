@@ -26,7 +26,7 @@ def read_windows(reader: ConfigJson, num_layers: int) -> tuple[int | None, ...]:
     if not reader.take("use_sliding_window", default=False):
         window = None
     usual = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
-    return layer_windows(reader.take("layer_types", default=usual), window)
+    return layer_windows(reader.take("layer_types", default=usual), window, num_layers)
 
 
 _QWEN2 = {
