@@ -139,7 +139,7 @@ def _work(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         shares = [value for _, value in _finite(rows, "mfu")]
         more = f"MFU {statistics.median(shares):.1%}" if shares else "a device, median"
         tiles.append({"name": "Model FLOP/s", "value": f"{statistics.median(tflops):,.3g} TFLOP/s", "more": more})
-    waited, seconds = (sum(value for _, value in _finite(rows, name)) for name in ("data_seconds", "step_seconds"))
+    waited, seconds = _training_seconds(rows, "data_seconds"), _training_seconds(rows)
     if waited and seconds:
         tiles.append({"name": "Waiting for data", "value": f"{waited / seconds:.1%}", "more": "of the time in steps"})
     return tiles
@@ -150,10 +150,10 @@ def _epochs(rows: list[dict[str, Any]]) -> str:
     return f"epoch {format_number(epochs[-1][1])}" if epochs else ""
 
 
-def _training_seconds(rows: list[dict[str, Any]]) -> float:
-    """Seconds of all steps; those not logged are taken to be as long as the next logged one."""
+def _training_seconds(rows: list[dict[str, Any]], name: str = "step_seconds") -> float:
+    """Seconds of all steps; a logged line tells the mean of those since the one before."""
     total, previous = 0.0, 0
-    for step, seconds in _finite(rows, "step_seconds"):
+    for step, seconds in _finite(rows, name):
         total, previous = total + seconds * (step - previous), int(step)
     return total
 

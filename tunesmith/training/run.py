@@ -45,12 +45,13 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.lora import freeze_base
-from tunesmith.parallel.device import memory_counts, peak_memory_gib, pick_device, reset_peak_memory
+from tunesmith.parallel.device import pick_device
 from tunesmith.parallel.mesh import Mesh, Ranks, start_mesh, stop_mesh
 from tunesmith.training.build import Source, construct_model
-from tunesmith.training.flops import Flops, peak_tflops, training_flops
+from tunesmith.training.flops import training_flops
 from tunesmith.training.folder import check_shared, claim, environment, unclaim
 from tunesmith.training.garbage import GarbageCollection
+from tunesmith.training.meter import Meter
 from tunesmith.training.metrics import Metrics
 from tunesmith.training.preflight import check, layout_problems, warn_of_another_base, warn_of_length
 from tunesmith.training.profile import MemorySnapshots, profiler
@@ -86,10 +87,7 @@ class Run:
         """The one at which all ranks agreed to end."""
         self._step_taken = False
         self._total = 0
-        self._data_seconds = 0.0
-        self._flops: Flops | None = None
-        self._peak_tflops = peak_tflops(mesh.device, config.dtype)
-        self._step_started = time.perf_counter()
+        self._meter = Meter(config, mesh)
         self._garbage = GarbageCollection(config.gc_every_n_steps)
         self.memory_snapshots = MemorySnapshots(config.profiler, folder, mesh.rank, mesh.device)
         self._progress = Progress(None, enabled=mesh.is_main)
@@ -107,7 +105,7 @@ class Run:
         model, _ = construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
         if isinstance(self.config.weights, LoRAWeights):
             freeze_base(model)
-        self._flops = training_flops(model)
+        self._meter.flops = training_flops(model)
         warnings = [warn_of_length(self.config, shape)]
         if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
             warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
@@ -140,9 +138,8 @@ class Run:
         self._garbage.start()
         with tracing as trace, stop_on_signal(self._ask_to_stop):
             for step in range(done + 1, total + 1):
-                reset_peak_memory(self.device)
                 self._watchdog.at(step, "beginning")
-                self._step_started, self._data_seconds = time.perf_counter(), 0.0
+                self._meter.start_step()
                 yield step
                 trace.step()
                 self.memory_snapshots.step(step)
@@ -185,7 +182,7 @@ class Run:
         started = time.perf_counter()
         result = read(step)
         self._watchdog.at(step, "training")
-        self._data_seconds += time.perf_counter() - started
+        self._meter.wait(time.perf_counter() - started)
         return result
 
     def log(self, step: int, stats: StepStats, **more: float) -> None:
@@ -195,7 +192,7 @@ class Run:
         counters = self._checkpoints.counters
         counters["num_tokens"] = counters.get("num_tokens", 0) + stats.num_tokens
         counters["skipped_steps"] = counters.get("skipped_steps", 0) + stats.skipped
-        seconds = time.perf_counter() - self._step_started
+        self._meter.end_step(stats)
         values: dict[str, Any] = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
         if len(stats.terms) > 1:
             values |= stats.terms
@@ -203,32 +200,13 @@ class Run:
         values |= {"num_tokens": counters["num_tokens"], "num_trained": stats.num_trained}
         if counters["skipped_steps"]:
             values["skipped_steps"] = counters["skipped_steps"]
-        values |= self._speed(stats, seconds) | self._costs(seconds)
-        if step % self.config.log_every_n_steps == 0 or step == self._total:
+        values |= self._meter.values()
+        if self.due(self.config.log_every_n_steps, step):
             self._metrics.log(step, values)
+            self._meter.clear()
         if stats.skipped:
             self.note(f"step {step}: no update (loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g})")
         self._progress.update(step, values)
-
-    def _speed(self, stats: StepStats, seconds: float) -> dict[str, float]:
-        """Tokens a second, and model FLOP/s (training/flops.py) of one device with its share of what the device could do."""
-        devices, values = self.mesh.world_size, {}
-        if devices > 1:
-            values["tokens_per_second_per_device"] = stats.num_tokens / seconds / devices
-        values["tokens_per_second"] = stats.num_tokens / seconds
-        if self._flops is not None:
-            flops = self._flops.of_step(stats.num_tokens, stats.num_trained, stats.num_seen)
-            values["tflops_per_device"] = flops / seconds / devices / 1e12
-            if self._peak_tflops is not None:
-                values["mfu"] = values["tflops_per_device"] / self._peak_tflops
-        return values
-
-    def _costs(self, seconds: float) -> dict[str, float]:
-        """Seconds of the step, of them those spent waiting for data, and memory: of the rank that has most."""
-        own = {"step_seconds": seconds, "data_seconds": self._data_seconds}
-        if self.config.log_peak_memory_stats:
-            own |= {"peak_memory_gib": peak_memory_gib(self.device), **memory_counts(self.device)}
-        return dict(zip(own, self.mesh.max(list(own.values()))))
 
     def due(self, every: int | None, step: int) -> bool:
         """Whether something done `every` so many steps is due after `step`; at the last step it always is."""
