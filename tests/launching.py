@@ -102,7 +102,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 def metrics(folder: Path) -> list[dict]:
     """What was logged, but for time, throughput and memory."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    varying = ("second", "memory", "gib", "data_")
+    varying = ("second", "memory", "gib", "data_", "flops", "mfu")
     return [{key: value for key, value in row.items() if not any(part in key for part in varying)} for row in rows]
 
 
