@@ -44,6 +44,7 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost_or_repeated(tmp_pa
     assert launching.weights(tmp_path / "run") == launching.weights(whole)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_on_all_ranks_and_says_so_once(tmp_path, tiny_model, chat_file, whole):
     words = launching.words(tmp_path, tiny_model, chat_file)
     code, output, errors = launching.tune([*TWO, "--max_restarts", "1"], words, tmp_path, "SIGTERM:0:3")
