@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith import remote
 from tunesmith.errors import UserError, require
 
 TOKENIZER_FILES = (
@@ -38,14 +39,17 @@ def resolve(
     allow_patterns: Sequence[str] | None = None,
     ignore_patterns: Sequence[str] | None = None,
 ) -> Path:
-    """The local folder of a model, tokenizer or adapter: `path_or_id` itself if it exists, else its download from the Hub.
+    """The local folder of a model, tokenizer or adapter: `path_or_id` itself if it exists, else its download from the Hub or a URL's.
 
     Raises UserError when it is neither, or can't be had (gated, missing, offline).
     """
+    name = str(path_or_id)
+    if remote.is_remote(name):
+        ignored = tuple(ignore_patterns) if ignore_patterns is not None else UNUSED_FILES
+        return remote.fetch(name, what, ignored)
     path = follow_latest(Path(path_or_id).expanduser())
     if path.exists():
         return path
-    name = str(path_or_id)
     if name.count("/") != 1 or name.startswith((".", "~", "/")) or name.endswith("/"):
         raise UserError(f"there is no folder {name} ({what}), and a Hub id has the form owner/name")
     ignored = tuple(ignore_patterns) if ignore_patterns is not None else (*UNUSED_FILES, "original/*")

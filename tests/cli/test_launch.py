@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -43,6 +44,7 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost_or_repeated(tmp_pa
     assert launching.weights(tmp_path / "run") == launching.weights(whole)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_on_all_ranks_and_says_so_once(tmp_path, tiny_model, chat_file, whole):
     words = launching.words(tmp_path, tiny_model, chat_file)
     code, output, errors = launching.tune([*TWO, "--max_restarts", "1"], words, tmp_path, "SIGTERM:0:3")
@@ -96,8 +98,8 @@ def test_a_mistake_is_not_tried_again(tmp_path, tiny_model, chat_file):
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal(tmp_path, tiny_model, chat_file):
     """It reaches the launcher alone, which hands it on; all is saved."""
-    words = launching.words(tmp_path, tiny_model, chat_file, "max_steps=200")
-    command = [os.sys.executable, "-m", "tunesmith", "run", *TWO, *words]  # type: ignore[attr-defined]
+    words = launching.words(tmp_path, tiny_model, chat_file, "max_steps=200", "epochs=100")
+    command = [sys.executable, "-m", "tunesmith", "run", *TWO, *words]
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
@@ -113,10 +115,15 @@ def test_ctrl_c_in_a_terminal(tmp_path, tiny_model, chat_file):
 
     reader = threading.Thread(target=read)
     reader.start()
-    launching.wait_for(lambda: b"step 3/200" in said)
-    os.write(terminal, b"\x03")
-    _, status = os.waitpid(pid, 0)
-    reader.join()
+    try:
+        launching.wait_for(lambda: b"step 1/200" in said)
+        os.write(terminal, b"\x03")
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(pid, 0)
+        reader.join()
     os.close(terminal)
     text = said.decode()
     assert os.waitstatus_to_exitcode(status) == 130, text

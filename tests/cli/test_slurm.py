@@ -118,6 +118,23 @@ def test_the_time_limit(capsys, tmp_path, cluster, tiny_model, chat_file):
     assert [row["step"] for row in launching.metrics(tmp_path / "run")] == list(range(1, 7))
 
 
+def test_the_page_on_many_devices_is_true(monkeypatch, tmp_path):
+    """Its commands have options and settings that exist."""
+    import re
+    import shlex
+
+    from tunesmith.cli import slurm, torchrun
+    from tunesmith.config import load
+
+    page = (EXAMPLES.parent / "docs" / "distributed.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^tune (run|validate|slurm) (.*)$", page, re.MULTILINE)
+    assert len(commands) == 5
+    for verb, text in commands:
+        words = shlex.split(text.partition(" > ")[0])
+        rest = slurm._split(words)[-1] if verb == "slurm" else torchrun.split(words)[1]
+        assert load(rest).recipe.name in ("sft", "pretrain")
+
+
 def _commands(node):
     """Every text of a YAML document that runs `tune`."""
     children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []

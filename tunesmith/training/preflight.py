@@ -15,6 +15,7 @@ from tunesmith.configs.layout import Layout
 from tunesmith.configs.stages import micro_batch_problems, stage_layers
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import fingerprint_folder, follow_latest, read_json, read_weight_map
+from tunesmith.remote import is_remote
 
 if TYPE_CHECKING:
     from tunesmith.models.family import DecoderConfig, Family
@@ -64,6 +65,11 @@ def _not_a_folder(option: str, name: str, notes: list[str], named_sizes: bool = 
     """A name that is no folder here: a named size, a Hub id, or a mistake."""
     from tunesmith.models.families import named_sizes as all_sizes
 
+    if is_remote(name):
+        if importlib.util.find_spec("fsspec") is None:
+            yield f"`{option}`: {name} needs the package fsspec, which is not installed: pip install 'tunesmith[remote]'"
+        notes.append(f"{name} is fetched when the run starts")
+        return
     sizes = all_sizes() if name.count("/") == 1 else {}
     if name in sizes:
         if not named_sizes:
@@ -444,6 +450,9 @@ def is_restart() -> bool:
 def _output(config: Any, notes: list[str]) -> Iterator[str]:
     folder = getattr(config, "output_dir", None)
     if folder is None:
+        return
+    if is_remote(folder):
+        yield f"`output_dir`: {folder} can't be written to directly; name a local or shared folder, and copy its checkpoints there"
         return
     path = Path(folder).expanduser()
     resumes = getattr(config, "resume_from_checkpoint", False) or is_restart()
