@@ -44,6 +44,9 @@ class Script:
     def train(self, mode):
         pass
 
+    def modules(self):
+        return ()
+
     def __call__(self, ids, positions=None, cache=None):
         cache.advance(ids.shape[1], None)
         self.calls += 1

@@ -148,6 +148,29 @@ def test_the_layout_changes_no_number(
     assert_same(train([*words, f"batch_size={batch_size}"], tmp_path / "run", layout), expected)
 
 
+@pytest.mark.parametrize("layout", ["one", "dp2", "tp2", "pp2", pytest.param("dp2 x tp2", marks=pytest.mark.slow)])
+def test_what_else_a_run_does(layout, tmp_path, chat_file):
+    """In bf16 with DoRA on a tied head, samples (which a pipeline has none of), validation, and a resume."""
+    words = ["sft", "+dora", *COMMON, f"model={TINY}", f"dataset.source={chat_file}", f"dataset_val.source={chat_file}", "batch_size=2"]  # fmt: skip
+    words += ["epochs=2", "dtype=bf16", "weights.target_modules=[q_proj,lm_head]", "run_val_every_n_steps=2"]
+    words += [] if "pp" in layout else ["sample_prompts=[What is it?]"]
+    for steps in (2, 4):
+        train([*words, f"max_steps={steps}", "resume_from_checkpoint=true"], tmp_path / "run", layout)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [2, 4]
+    assert all(row["val_loss"] == pytest.approx(7.0, abs=2.5) for row in rows if "val_loss" in row)
+    samples = tmp_path / "run" / "samples.jsonl"
+    assert samples.exists() == ("pp" not in layout)
+    if samples.exists():
+        assert [json.loads(line)["step"] for line in samples.read_text().splitlines()] == [0, 2, 4]
+
+
+def test_muon_on_matrices_that_one_rank_alone_holds(runs, tmp_path, tiny_model, chat_file, text_folder):
+    words = words_of("sft", "rank 1", True, tiny_model, chat_file, text_folder)
+    words += ["batch_size=4", "optimizer.type=muon", "optimizer.lr=1e-3"]
+    assert_same(train(words, tmp_path / "run", "dp2"), runs.one(words), 3e-3)
+
+
 @pytest.mark.parametrize("layout", ["tp2", pytest.param("dp2 x tp2", marks=pytest.mark.slow)])
 def test_quantized_blocks_are_the_same_under_tensor_parallelism(layout, runs, tmp_path, chat_file):
     """On the model that ships, whose matrices are wide enough for two ranks to have whole blocks of 64."""

@@ -26,7 +26,7 @@ from tunesmith.nn.lora import (
     adapters_off,
     apply_lora,
 )
-from tunesmith.nn.part import Part, parameter_parts, speaks_for
+from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.parallel.mesh import Ranks
 
 CONFIG = "adapter_config.json"
@@ -206,9 +206,16 @@ def _another_base(folder: str | Path, config: dict[str, Any], what: str) -> str:
 
 
 def _check_embedding(model: CausalLM, name: str, tensor: StoredTensor) -> None:
-    """PEFT puts the embedding beside adapters on the output layer: harmless where it is the model's own."""
-    ours = model.model.embed_tokens.weight if "embed_tokens" in name else model.lm_head.matrix
-    if tensor.shape != ours.shape or not torch.equal(tensor.tensor().to(ours), ours):
+    """PEFT puts the embedding beside adapters on the output layer: harmless where it is the model's own, or what of it is here."""
+    is_head = "embed_tokens" not in name and model.lm_head.tied_to is None
+    ours = "lm_head.weight" if is_head else "model.embed_tokens.weight"
+    own, part = local_tensor(model.get_parameter(ours).detach()), parameter_parts(model)[ours]
+    is_same = tuple(tensor.shape) == part.shape
+    if is_same:
+        theirs = torch.empty(own.shape, dtype=tensor.dtype)
+        tensor.read_into(theirs, part)
+        is_same = torch.equal(theirs.to(own), own)
+    if not is_same:
         raise UserError(
             f"{tensor.path} brings {name}, an embedding other than the model's: adapters with trained or resized embeddings are not supported; merge it into its base in PEFT and use the result as a model"
         )

@@ -16,6 +16,7 @@ from tunesmith.checkpoint.tensor_files import sha256_of
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM, build
 from tunesmith.nn.head import Head
+from tunesmith.nn.part import let_go
 from tunesmith.parallel.mesh import Ranks
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -53,6 +54,7 @@ def probe_logits(model: CausalLM, device: torch.device | None = None) -> Tensor:
         ids = probe_ids(model.config.vocab_size, device or model.model.device)
         return model.logits(ids).float().cpu()
     finally:
+        let_go(model)
         model.train(was_training)
 
 

@@ -63,7 +63,7 @@ class Checkpoints:
         self._stage_model, self._optimizer, self._data, self._mesh = stage_model, optimizer, data, mesh
         self._fingerprint, self._keep_last = fingerprint, keep_last
         # A thread that talks to other ranks beside the training needs a channel of its own.
-        self._ranks = Ranks(mesh.rank, mesh.world_size) if background else mesh.ranks
+        self._ranks = Ranks(mesh.rank, mesh.world_size, mesh.ranks.timeout) if background else mesh.ranks
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._layout = list(mesh.devices.shape)
         self._pending: Future[None] | None = None

@@ -21,6 +21,7 @@ from tunesmith.generation.text import TextStream, continuation_text
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.family import DecoderConfig
 from tunesmith.nn.kv_cache import KVCache
+from tunesmith.nn.part import let_go
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or the messages of a conversation."""
@@ -104,11 +105,14 @@ def generate_completions(
     engine = _Engine(model, tokenizer, sampling, on_text)
     was_training = model.training
     model.eval()
+    # What `fully_shard` gathers into must not become inference tensors: training could not use them again.
+    is_sharded = any(hasattr(module, "unshard") for module in model.modules())
     try:
-        with torch.inference_mode():
+        with torch.no_grad() if is_sharded else torch.inference_mode():
             for batch in _groups(by_length, batch_size):
                 engine.run(batch)
     finally:
+        let_go(model)
         model.train(was_training)
     return [sequence.completion(tokenizer) for sequence in sequences]
 
@@ -145,8 +149,7 @@ class _Engine:
         self, model: CausalLM, tokenizer: Tokenizer, sampling: Sampling, on_text: Callable[[int, str], None] | None
     ):
         self.model, self.tokenizer, self.sampling, self.on_text = model, tokenizer, sampling, on_text
-        parameter = model.model.embed_tokens.weight
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = model.model.device, model.model.compute_dtype
         self.stop_ids = frozenset(tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
 
     def run(self, sequences: list[_Sequence]) -> None:

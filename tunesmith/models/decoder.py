@@ -53,6 +53,7 @@ class Decoder(nn.Module):
 
     is_first = is_last = True
     computes_in: torch.dtype | None = None
+    computes_on: torch.device | None = None
 
     def __init__(self, config: DecoderConfig, block: type[nn.Module]):
         super().__init__()
@@ -78,7 +79,8 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where it computes: where its weights are, unless `computes_on` was set because they wait in host memory."""
+        return self.computes_on or next(self.parameters()).device
 
     def stage(self, layers: Iterable[int], is_first: bool, is_last: bool) -> Decoder:
         """A decoder of some of the layers, the same modules, under the same names."""

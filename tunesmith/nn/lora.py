@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -300,7 +300,10 @@ def reset_magnitudes(model: nn.Module) -> None:
         magnitudes = {name: layer for name, layer in layers.items() if layer.lora_magnitude is not None}
         if not magnitudes:
             continue
-        with unsharded(owner):
+        tied = [layer.tied_to for layer in magnitudes.values() if isinstance(layer, Head) and layer.tied_to is not None]
+        with ExitStack() as stack:
+            for one in (owner, *tied):
+                stack.enter_context(unsharded(one))
             lengths = {name: layer.row_norms() for name, layer in magnitudes.items()}
         for name, layer in magnitudes.items():
             assert layer.lora_magnitude is not None

@@ -119,6 +119,13 @@ def by_shard(model: nn.Module, kind: type[M]) -> list[tuple[nn.Module, dict[str,
     return list(owners.values())
 
 
+def let_go(model: nn.Module) -> None:
+    """Cut parameters again that `fully_shard` gathered and, with no backward pass to come, would leave whole."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
     """Within it the parameters that `fully_shard` cut are whole; all ranks must enter it together."""

@@ -44,11 +44,19 @@ def _sum_with_copy(held: list[Tensor], mesh: Mesh) -> None:
 
 
 def _exchanged(own: Tensor, group: dist.ProcessGroup, peer: int) -> Tensor:
-    """What another rank of the group has, which gets `own`."""
-    other = torch.empty_like(own, memory_format=torch.contiguous_format)
-    sending = dist.P2POp(dist.isend, own.contiguous(), group=group, group_peer=peer)
-    receiving = dist.P2POp(dist.irecv, other, group=group, group_peer=peer)
-    for message in dist.batch_isend_irecv([sending, receiving]):
+    """What another rank of the group has, which gets `own`. The lower rank sends first: messages of a pair run in order."""
+    own, other = own.contiguous(), torch.empty_like(own, memory_format=torch.contiguous_format)
+
+    def send():
+        return dist.isend(own, group=group, group_dst=peer)
+
+    def receive():
+        return dist.irecv(other, group=group, group_src=peer)
+
+    # Not as one batch: with NCCL that would want all ranks of the group, of which only these two come here.
+    order = (send, receive) if group.rank() < peer else (receive, send)
+    for message in [begin() for begin in order]:
+        assert message is not None
         message.wait()
     return other
 

@@ -116,9 +116,9 @@ class Ranks:
     Threads that talk at the same time need a channel each.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1):
-        self.rank, self.world_size = rank, world_size
-        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+    def __init__(self, rank: int = 0, world_size: int = 1, timeout: timedelta | None = None):
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
 
     @property
     def is_main(self) -> bool:
@@ -195,7 +195,7 @@ def start_mesh(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    ranks = Ranks(rank, world_size)
+    ranks = Ranks(rank, world_size, timedelta(seconds=timeout_seconds))
     if agree is not None:
         agree(ranks)
     devices = init_device_mesh(device.type, (layout or Layout()).sizes(world_size), mesh_dim_names=AXES)

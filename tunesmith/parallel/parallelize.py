@@ -35,7 +35,7 @@ def parallelize(
         for layer in decoder.layers.values():
             layer.compile()
     if mesh.size("dp_replicate", "dp_shard", "cp") > 1 or compute_dtype is not None or config.fsdp_cpu_offload:
-        decoder.computes_in = compute_dtype
+        decoder.computes_in, decoder.computes_on = compute_dtype, mesh.device
         _shard(model, mesh, config, compute_dtype)
     model.speaks_for = lambda name: _speaks_for(model, mesh, name)  # type: ignore[assignment]
 
@@ -77,6 +77,14 @@ def _shard(model: Any, mesh: Mesh, config: TrainSettings, compute_dtype: torch.d
             # A loss is a sum over the global batch, divided once: gradients are summed over ranks, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no division
+    if mesh.size("dp_replicate") > 1:  # of the micro-batches of a step the last one alone sums over the copies
+        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+        def sum_over_copies(now: bool) -> None:
+            for module in sharded:
+                module.set_requires_all_reduce(now, recurse=False)
+
+        model.sum_over_copies = sum_over_copies
 
 
 def _offload(config: TrainSettings, mesh: Mesh):

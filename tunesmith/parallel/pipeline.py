@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.configs.stages import SCHEDULES, filled_up, stage_layers
+from tunesmith.nn.part import let_go
 from tunesmith.parallel.mesh import Mesh
 
 
@@ -47,7 +48,10 @@ def forward_backward(
     if pipeline is not None:
         pipeline.forward_backward(batches, loss_of, context)
         return
-    for batch in batches:
+    sum_over_copies: Callable[[bool], None] | None = getattr(model, "sum_over_copies", None)
+    for number, batch in enumerate(batches, 1):
+        if sum_over_copies is not None:
+            sum_over_copies(number == len(batches))
         with context():
             loss = loss_of(model(batch.input_ids, batch.positions, batch.documents), batch)
         loss.backward()
@@ -62,14 +66,7 @@ def forward(model: nn.Module, batches: Sequence[B], use: Callable[[Tensor, B], N
     for batch in batches:
         with context():
             use(model(batch.input_ids, batch.positions, batch.documents), batch)
-    _let_go(model)
-
-
-def _let_go(module: nn.Module) -> None:
-    """Cut parameters again that `fully_shard` gathered and, with no backward pass to come, would leave whole."""
-    for part in module.modules():
-        if hasattr(part, "reshard"):
-            part.reshard()  # type: ignore[operator]
+    let_go(model)
 
 
 def same_width(batches: Sequence[B], mesh: Mesh) -> list[B]:
@@ -290,7 +287,7 @@ class Pipeline:
         for _, message in sent:
             message.wait()
         for stage in self.stages:
-            _let_go(stage)
+            let_go(stage)
         self._set_feed(None)
 
     def logits(self, input_ids: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
@@ -319,7 +316,8 @@ class Pipeline:
 
     def _stream(self, rows: int, width: int) -> Tensor:
         """Hidden states between stages as an example without values: (B, T, D), or of T this rank's part."""
-        shape = (rows, width // self._shares, self._model.config.hidden_size)
+        shares = self._shares if width % self._shares == 0 else 1  # as parallel.tensor has it
+        shape = (rows, width // shares, self._model.config.hidden_size)
         return torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
 
     def _empty(self, shape: Sequence[int]) -> Tensor:

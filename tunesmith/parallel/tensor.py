@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tunesmith.configs.layout import split_block
 from tunesmith.errors import UserError
+from tunesmith.nn.attention import Sight
 from tunesmith.nn.collectives import Group, copied, gathered, scattered_sum, shared_sum, summed
 from tunesmith.nn.head import Head, VocabularyShard
 from tunesmith.nn.linear import linear
@@ -159,12 +160,14 @@ class _Split:
 
     def __init__(self, group: Group, sequence_parallel: bool):
         self.group, self.sequence_parallel = group, sequence_parallel
+        self.cuts = sequence_parallel
+        """Whether ranks now hold parts of the tokens: not where these don't come out even, as in decoding one by one."""
 
     def enter(self, x: Tensor) -> Tensor:
-        return gathered(x, _SEQUENCE, self.group, sums=True) if self.sequence_parallel else copied(x, self.group)
+        return gathered(x, _SEQUENCE, self.group, sums=True) if self.cuts else copied(x, self.group)
 
     def leave(self, x: Tensor) -> Tensor:
-        return scattered_sum(x, _SEQUENCE, self.group) if self.sequence_parallel else summed(x, self.group)
+        return scattered_sum(x, _SEQUENCE, self.group) if self.cuts else summed(x, self.group)
 
     def wrap_input(self, module: nn.Module) -> None:
         """Attention or feed-forward: its matrices are cut by outputs first, so it sees all tokens."""
@@ -179,9 +182,11 @@ class _Split:
         """What comes out of the decoder is whole and the same on all ranks, and so is its gradient."""
         forward = decoder.forward
 
-        def whole(*inputs: Any) -> Tensor:
-            hidden = forward(*inputs)
-            is_stream = decoder.is_last and self.sequence_parallel  # type: ignore[attr-defined]
+        def whole(inputs: Tensor, sight: Sight) -> Tensor:
+            length = next(iter(sight.cos_sin.values()))[0].shape[1]
+            self.cuts = self.sequence_parallel and length % self.group.size() == 0
+            hidden = forward(inputs, sight)
+            is_stream = decoder.is_last and self.cuts  # type: ignore[attr-defined]
             return gathered(hidden, _SEQUENCE, self.group, sums=False) if is_stream else hidden
 
         decoder.forward = whole

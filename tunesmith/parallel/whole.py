@@ -25,14 +25,14 @@ class Wholes:
         places = mesh.ranks.gather(place)
         for one in sorted(set(places)):  # every rank takes part in making every group
             members = [rank for rank, other in enumerate(places) if other == one]
-            group = dist.new_group(members)
+            group = dist.new_group(members, timeout=mesh.ranks.timeout)
             if one == place:
                 self._group, self._members = group, members
         self._held: list[dict[str, Part]] = [mesh.ranks.gather(own)[rank] for rank in self._members]
 
     def whole(self, name: str, local: Tensor) -> Tensor:
         """The whole of what is cut as parameter `name` is, from every rank's `local` part; on every rank."""
-        if self._group is None or self._parts[name].is_whole:
+        if self._group is None or all(held[name].is_whole for held in self._held):
             return local
         parts = [held[name] for held in self._held]
         most = max(part.local_shape.numel() for part in parts)

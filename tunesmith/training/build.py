@@ -92,7 +92,11 @@ def build_model(
     lora = config.weights if isinstance(config.weights, LoRAWeights) else None
     is_cast = lora is None and config.param_dtype is not None and config.param_dtype != config.dtype
     parallelize(model, mesh, source.family.tp_plan, config, DTYPES[config.dtype] if is_cast else None)
-    _materialize(model, mesh.device, max_sequence_length(config, source))
+    _materialize(
+        model, torch.device("cpu") if config.fsdp_cpu_offload else mesh.device, max_sequence_length(config, source)
+    )
+    if lora:  # before anything gathers parameters: `fully_shard` looks then which of them are trained
+        freeze_base(model)
 
     seed = config.seed or 0
     if resume_from is not None and not lora:
@@ -105,7 +109,6 @@ def build_model(
         reset_adapters(model, seed)
         if trained := resume_from or (hub.resolve(lora.adapter, what="adapter") if lora.adapter else None):
             peft.load_adapter(model, trained)
-        freeze_base(model)
     return model.train()
 
 

@@ -48,6 +48,9 @@ class Optimizer:
         self._parameters: Parameters = [(n, _own_part(p)) for n, p in self._trained]
         self._parts, self._speaks = parameter_parts(model), speaks_for(model)
         self._copies: dict[str, str] = getattr(model, "copies", {})
+        cut = [name for name, part in self._parts.items() if not part.is_whole]
+        self._cut = {name for names in mesh.ranks.gather(cut) for name in names}
+        """Parameters that some rank holds a part of."""
         self._scaler = torch.amp.GradScaler(mesh.device.type) if config.dtype == "fp16" else None
         if self._scaler:  # which begins to work when it scales something: stages of a pipeline have no loss
             self._scaler.scale(torch.zeros((), device=mesh.device))
@@ -142,6 +145,9 @@ class Optimizer:
             return
         states = self._scaler._per_optimizer_states.values()
         found = [one for state in states for one in state["found_inf_per_device"].values()]
+        if not found:  # this rank trains nothing, but its scale must follow the others'
+            found = [torch.zeros((), device=self.mesh.device)]
+            self._scaler._per_optimizer_states[0]["found_inf_per_device"][self.mesh.device] = found[0]
         anywhere = self.mesh.max([max(map(float, found), default=0.0)])[0]  # an overflow anywhere is one everywhere
         for one in found:
             one.fill_(anywhere)
@@ -201,7 +207,7 @@ class Optimizer:
             part, speaks = self._parts[name], self._speaks(name)
             if tensor.ndim and tensor.shape == part.local_shape:
                 outgoing[slot] = outgoing_part(tensor, part, speaks)
-            elif tensor.numel() == 1 or part.is_whole:
+            elif tensor.numel() == 1 or name not in self._cut:
                 outgoing[slot] = outgoing_part(tensor, Part.whole(tensor.shape), speaks)
             else:
                 outgoing[self._own_slot(slot)] = outgoing_part(tensor, Part.whole(tensor.shape), True)

@@ -46,7 +46,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.lora import freeze_base
 from tunesmith.parallel.device import pick_device
-from tunesmith.parallel.mesh import Mesh, Ranks, start_mesh, stop_mesh
+from tunesmith.parallel.mesh import DATA, Mesh, Ranks, start_mesh, stop_mesh
 from tunesmith.training.build import Source, construct_model
 from tunesmith.training.flops import training_flops
 from tunesmith.training.folder import check_shared, claim, environment, unclaim
@@ -350,7 +350,7 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
             if resume_from is not None:
                 check_seen_everywhere(resume_from, mesh.ranks)
                 mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
-            seed_everything((config.seed or 0) + mesh.dp_rank, config.deterministic)
+            seed_everything((config.seed or 0) + mesh.index("pp", *DATA, "cp"), config.deterministic)
             run = Run(config, recipe, mesh, folder, watchdog, resume_from)
             stack.callback(run.close)
             with run.memory_snapshots:
