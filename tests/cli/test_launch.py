@@ -1,5 +1,6 @@
 """Runs on several processes that come to grief: killed, hung, interrupted, with a node lost. Nothing is lost, and it is said once."""
 
+import logging
 import os
 import pty
 import re
@@ -245,6 +246,16 @@ def test_who_is_guilty(states, said):
     from tunesmith.training.watchdog import report
 
     assert report(dict(enumerate(states)), Path("run/hang")).startswith(said)
+
+
+@pytest.mark.parametrize(("death", "lines"), [(signal.SIGKILL, 1), (signal.SIGTERM, 0)])
+def test_of_workers_that_the_launcher_ends_nothing_is_told(tmp_path, monkeypatch, capsys, death, lines):
+    from tunesmith.cli.launch import _Deaths
+
+    monkeypatch.setenv("LOGLEVEL", "ERROR")  # leaves torchrun's logger alone
+    message, of = "failed (exitcode: %s) local_rank: %s (pid: %s) of binary: %s", (-death, 0, 12, "python")
+    _Deaths(tmp_path).emit(logging.LogRecord("torch", logging.ERROR, "", 0, message, of, None))
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ class _Deaths(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if str(record.msg).startswith("failed (exitcode") and isinstance(record.args, tuple):
             exit_code, _, pid, *_ = record.args
-            if isinstance(exit_code, int) and isinstance(pid, int) and exit_code < 0:
+            # By SIGTERM it is torchrun that ends those which outlive another; one that came from outside is told by _report.
+            if isinstance(exit_code, int) and isinstance(pid, int) and exit_code < 0 and exit_code != -signal.SIGTERM:
                 self.tell(exit_code, pid)
 
     def tell(self, exit_code: int, pid: int) -> bool:
