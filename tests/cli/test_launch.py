@@ -1,5 +1,7 @@
 """Runs on several processes that come to grief: killed, hung, interrupted, with a node lost. Nothing is lost, and it is said once."""
 
+import json
+import logging
 import os
 import pty
 import re
@@ -11,6 +13,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import launching
 import pytest
@@ -245,6 +248,43 @@ def test_who_is_guilty(states, said):
     from tunesmith.training.watchdog import report
 
     assert report(dict(enumerate(states)), Path("run/hang")).startswith(said)
+
+
+@pytest.mark.parametrize(("death", "lines"), [(signal.SIGKILL, 1), (signal.SIGTERM, 0)])
+def test_of_workers_that_the_launcher_ends_nothing_is_told(tmp_path, monkeypatch, capsys, death, lines):
+    from tunesmith.cli.launch import _Deaths
+
+    monkeypatch.setenv("LOGLEVEL", "ERROR")  # leaves torchrun's logger alone
+    message, of = "failed (exitcode: %s) local_rank: %s (pid: %s) of binary: %s", (-death, 0, 12, "python")
+    _Deaths(tmp_path).emit(logging.LogRecord("torch", logging.ERROR, "", 0, message, of, None))
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+@pytest.mark.parametrize(("code", "is_killed"), [(2, True), (143, False)])
+def test_a_worker_that_is_deaf_to_signals_is_not_waited_for_once_another_failed(tmp_path, monkeypatch, code, is_killed):
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    from tunesmith.cli import launch
+
+    monkeypatch.setattr(launch, "FAILED_SECONDS", 0.1)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
+    (tmp_path / "ended.json").write_text(json.dumps({"code": code, "message": "a mistake"}))
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as deaf:
+        (tmp_path / "rank-0.json").write_text(json.dumps({"pid": deaf.pid}))
+        try:
+            launch._take_over_signals(SimpleNamespace(signals_to_handle="SIGUSR2"), tmp_path)
+            with pytest.raises(SignalException):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(1)
+            if is_killed:
+                assert deaf.wait(10) == -signal.SIGKILL
+            else:
+                time.sleep(0.5)
+                assert deaf.poll() is None
+        finally:
+            deaf.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

@@ -350,6 +350,72 @@ def test_a_layout_that_does_not_fit_the_number_of_processes_is_refused_before_th
     )
 
 
+def test_an_optimizer_that_needs_whole_parameters(model, monkeypatch):
+    adafactor = "optimizer.type=adafactor"
+    for option in ("data_parallel_shard_dim", "context_parallel_dim", "tensor_parallel_dim"):
+        [said] = findings("sft", adafactor, f"{option}=2")
+        assert "`optimizer.type: adafactor`" in said and f"`{option}: 2`" in said
+    assert findings("sft", adafactor) == findings("sft", adafactor, "data_parallel_replicate_dim=2") == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    [said] = findings("sft", adafactor)
+    assert "`optimizer.type: adafactor`" in said and "`data_parallel_shard_dim: -1`, which is 2" in said
+    assert findings("sft", adafactor, "data_parallel_replicate_dim=2") == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_eight_bit_states_of_a_tied_head_on_a_pipeline(model, monkeypatch, tied):
+    monkeypatch.setitem(preflight._EXTRAS, ("optimizer", "adamw_8bit"), ("json", "json"))  # torchao may be absent
+    change_config(model, tie_word_embeddings=tied)
+    pipeline = ["pipeline_parallel_dim=2", "gradient_accumulation_steps=2"]
+    said = [line for line in findings("sft", "optimizer.type=adamw_8bit", *pipeline) if "adamw_8bit" in line]
+    assert len(said) == tied and all("`pipeline_parallel_dim`" in line for line in said)
+
+
+def test_samples_through_a_pipeline(model):
+    for recipe in ("sft", "pretrain"):
+        [said] = findings(recipe, "sample_prompts=[hi]", "pipeline_parallel_dim=2", "gradient_accumulation_steps=2")
+        assert "`sample_prompts`" in said and "`pipeline_parallel_dim: 2`" in said
+
+
+def test_rows_of_a_step_that_ranks_cannot_share(model, monkeypatch):
+    words = ("sft", "batch_size=2", "global_batch_size=6")
+    assert findings(*words) == []
+    assert findings("sft", "batch_size=4", "global_batch_size=6") == [
+        "`global_batch_size` = 6 is no multiple of `batch_size` = 4; take 8, or another `batch_size`"
+    ]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert findings(*words) == [
+        "`global_batch_size` = 6 is no multiple of `batch_size` = 2 x 4 data-parallel ranks; take 8, or another `batch_size`"
+    ]
+    assert findings(*words, "tensor_parallel_dim=2")[0].count("x 2 data-parallel ranks") == 1
+
+
+def test_updates_in_the_backward_pass_where_ranks_make_one_micro_batch_of_a_step(model, monkeypatch):
+    words = ("sft", "optimizer_in_bwd=true", "batch_size=2", "global_batch_size=8")
+    [said] = findings(*words)
+    assert "`optimizer_in_bwd`" in said and "`global_batch_size: 8`, which makes 4 micro-batches" in said
+    assert findings(*words, "data_parallel_shard_dim=4") == []
+    preflight.check(load_config(*words, "model=model", "dataset.source=chats.jsonl"), processes=0)  # not known yet
+    for count, said in ((2, 1), (4, 0)):
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        assert len(findings(*words)) == said
+
+
+def test_what_does_not_train_runs_in_one_process(model, monkeypatch):
+    recipes = (["generate", "model=model"], ["export", "model=model", "output_dir=out"])
+    for count, said in (
+        (1, []),
+        (2, ["`generate` and `export` run in one process: leave the launch options out"]),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        assert [findings(*words) for words in recipes] == [said, said]
+    monkeypatch.delenv("WORLD_SIZE")
+    for count in (2, 0):  # 0: as many as the machine has devices
+        with pytest.raises(ConfigError, match="one process"):
+            preflight.check(load_config(*recipes[0]), processes=count)
+    preflight.check(load_config(*recipes[0]), processes=1)
+
+
 def test_output_folder(model, monkeypatch):
     Path("run").mkdir()
     assert findings("sft") == []

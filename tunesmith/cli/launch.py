@@ -21,6 +21,9 @@ CONFIG_VARIABLE = "TUNESMITH_CONFIG"
 """Environment variable that hands the resolved config to the workers; a restarted worker reads the same one."""
 SHUTDOWN_SECONDS = 600
 """How long workers that were asked to end may take to save."""
+FAILED_SECONDS = 30
+"""How long they may take where another one failed, as torchrun has it where it finds out itself: nothing is left to save, and who is
+blocked in a device's call never sees a signal."""
 
 
 def launch_workers(options: list[str], config: str) -> int:
@@ -37,7 +40,7 @@ def launch_workers(options: list[str], config: str) -> int:
         os.environ |= {CONFIG_VARIABLE: config, NOTES_VARIABLE: notes, LAUNCHER_VARIABLE: str(os.getpid())}
         deaths = _Deaths(Path(notes))
         threading.Thread(target=_end_the_lifeless, args=(Path(notes),), daemon=True).start()
-        _take_over_signals(arguments)
+        _take_over_signals(arguments, Path(notes))
         try:
             run(arguments)
         except ChildFailedError as error:
@@ -82,7 +85,7 @@ def _names_a_meeting_place(options: list[str]) -> bool:
     return any(torchrun.value(options, name) is not None for name in (*names, "--node_rank"))
 
 
-def _take_over_signals(arguments: Any) -> None:
+def _take_over_signals(arguments: Any, notes: Path) -> None:
     """Let one signal end the run, whoever it came to: torchrun would drop workers that still save when a second one comes."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -95,6 +98,10 @@ def _take_over_signals(arguments: Any) -> None:
         if from_worker and first:
             return
         first.append(number)
+        if from_worker and (_ending(notes) or {}).get("code") not in (130, 143):  # those were asked to end, and saved
+            late = threading.Timer(FAILED_SECONDS, _kill_workers, (notes,))
+            late.daemon = True
+            late.start()
         if repeated or len(first) == 1:  # once more: workers see that this process is gone, and end at once
             death = signal.SIGTERM if from_worker else signal.Signals(number)
             raise SignalException(f"ended by {signal.Signals(number).name}", death)
@@ -128,7 +135,8 @@ class _Deaths(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if str(record.msg).startswith("failed (exitcode") and isinstance(record.args, tuple):
             exit_code, _, pid, *_ = record.args
-            if isinstance(exit_code, int) and isinstance(pid, int) and exit_code < 0:
+            # By SIGTERM it is torchrun that ends those which outlive another; one that came from outside is told by _report.
+            if isinstance(exit_code, int) and isinstance(pid, int) and exit_code < 0 and exit_code != -signal.SIGTERM:
                 self.tell(exit_code, pid)
 
     def tell(self, exit_code: int, pid: int) -> bool:
@@ -164,6 +172,17 @@ def _end_the_lifeless(notes: Path) -> None:
                 continue
 
 
+def _kill_workers(notes: Path) -> None:
+    """Those that are left of this node, so that nobody waits for them."""
+    for file in notes.glob("rank-*.json"):
+        try:
+            pid = json.loads(file.read_text())["pid"]
+            if _is_own(pid):
+                os.kill(pid, signal.SIGKILL)
+        except (OSError, ValueError, KeyError):  # it is just being written, or gone
+            continue
+
+
 def _is_own(pid: int) -> bool:
     """Whether a process is alive and a child of this one."""
     status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -195,13 +214,19 @@ def _cause(failures: dict[int, Any]) -> tuple[int, Any]:
 
 def _end_on_purpose(notes: Path) -> int | None:
     """The exit code that a worker asked for, after saying why; None where none did."""
-    try:
-        ended = json.loads((notes / "ended.json").read_text())
-    except (OSError, ValueError):
+    if (ended := _ending(notes)) is None:
         return None
     if ended["message"]:
         print(ended["message"], file=sys.stderr)
     return ended["code"]
+
+
+def _ending(notes: Path) -> dict[str, Any] | None:
+    """{code, message} of the worker that ended the run; None where none did."""
+    try:
+        return json.loads((notes / "ended.json").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _report(error: Any, deaths: _Deaths) -> int:

@@ -97,6 +97,18 @@ class Layout:
                 yield split_block(self.tp, f"{columns // self.tp} columns of a matrix ({columns} of the {what} in all)")
 
 
+def rows_problem(config: Any, ranks: int) -> str | None:
+    """What keeps `global_batch_size` from being cut into micro-batches of so many data-parallel ranks; None if nothing does."""
+    at_once = config.batch_size * ranks
+    if config.global_batch_size is None or config.global_batch_size % at_once == 0:
+        return None
+    times = f" x {ranks} data-parallel ranks" if ranks > 1 else ""
+    return (
+        f"`global_batch_size` = {config.global_batch_size} is no multiple of `batch_size` = {config.batch_size}{times}; "
+        f"take {max(1, round(config.global_batch_size / at_once)) * at_once}, or another `batch_size`"
+    )
+
+
 def split_block(ranks: int, what: str) -> str:
     """The sentence for 4-bit weights whose parts would not end where a block ends."""
     return (

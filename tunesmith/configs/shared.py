@@ -403,6 +403,10 @@ class RunSettings(Checked):
             yield f"`device` can be {', '.join(DEVICES)}, or one of them with a number such as cuda:1, not {self.device}"
 
 
+TOO_EARLY = "the update happens before the whole gradient is known"
+"""Why `optimizer_in_bwd` refuses what it refuses."""
+
+
 @section(kw_only=True)
 class TrainSettings(RunSettings):
     """What pretrain, sft and every later training method have in common."""
@@ -535,10 +539,9 @@ class TrainSettings(RunSettings):
             yield "`enable_activation_offloading` with `compile` needs `enable_activation_checkpointing`: only layer boundaries can be moved then"
 
     def _in_backward(self):
-        """What needs the whole gradient before the update."""
+        """What needs the whole gradient before the update; whether `global_batch_size` does is known with the number of ranks."""
         conflicts = {
             "gradient_accumulation_steps": (self.gradient_accumulation_steps or 1) > 1,
-            "global_batch_size": (self.global_batch_size or 0) > self.batch_size,
             "clip_grad_norm": self.clip_grad_norm is not None,
             "skip_grad_norm_above": self.skip_grad_norm_above is not None,
             "skip_nonfinite_steps": self.skip_nonfinite_steps,
@@ -549,10 +552,10 @@ class TrainSettings(RunSettings):
             if is_set:
                 off = (
                     "null"
-                    if other in ("clip_grad_norm", "skip_grad_norm_above", "global_batch_size")
+                    if other in ("clip_grad_norm", "skip_grad_norm_above")
                     else "bf16"
                     if "dtype" in other
                     else None
                 )
                 cure = f"set `{other.partition(':')[0]}` to {off}" if off else "turn one of them off"
-                yield f"`optimizer_in_bwd` can't be combined with `{other}`: the update happens before the whole gradient is known; {cure}"
+                yield f"`optimizer_in_bwd` can't be combined with `{other}`: {TOO_EARLY}; {cure}"

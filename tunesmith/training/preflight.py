@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.configs.layout import Layout
+from tunesmith.configs.export import Export
+from tunesmith.configs.generate import Generate
+from tunesmith.configs.layout import Layout, rows_problem
+from tunesmith.configs.shared import TOO_EARLY
 from tunesmith.configs.stages import micro_batch_problems, stage_layers
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import fingerprint_folder, follow_latest, read_json, read_weight_map
@@ -302,6 +305,11 @@ def layout_problems(config: Any, shape: DecoderConfig) -> Iterator[str]:
             stage_layers(config, shape.num_hidden_layers)
         except UserError as error:
             yield str(error)
+        if shape.tie_word_embeddings and config.optimizer.type == "adamw_8bit":
+            yield (
+                "`optimizer.type: adamw_8bit` can't be combined with `pipeline_parallel_dim` where the model's head is tied to its "
+                "embedding: each rank keeps such states for itself, and one of the two could not be resumed; use adamw"
+            )
 
 
 def _shape(config: Any) -> tuple[Family, DecoderConfig] | None:
@@ -472,17 +480,45 @@ def _output(config: Any, notes: list[str]) -> Iterator[str]:
 
 
 def _processes(config: Any, processes: int | None) -> Iterator[str]:
-    """Whether the layout fits the number of processes, where that is known."""
+    """What the number of processes decides, as far as it is known."""
     known = int(os.environ.get("WORLD_SIZE") or 0) if processes is None else processes
-    if not known or not hasattr(config, "tensor_parallel_dim"):
+    if not hasattr(config, "tensor_parallel_dim"):
+        if (known > 1 or processes == 0) and isinstance(config, (Generate, Export)):
+            yield "`generate` and `export` run in one process: leave the launch options out"
         return
-    try:
-        _, replicas, shards, *_ = Layout.of(config).sizes(known)
-    except UserError as error:
-        yield str(error)
+    if known:
+        try:
+            _, replicas, shards, *_ = Layout.of(config).sizes(known)
+        except UserError as error:
+            yield str(error)
+            return
+    elif processes is None:  # as many as the layout names, else one: the one that reads this
+        replicas, shards = config.data_parallel_replicate_dim, max(1, config.data_parallel_shard_dim)
+    else:
         return
-    if config.pipeline_parallel_dim > 1 and config.global_batch_size is not None:
-        yield from micro_batch_problems(config, config.global_batch_size // (config.batch_size * replicas * shards))
+    if config.data_parallel_shard_dim == -1 and shards > 1:
+        yield from _adafactor_problem(
+            config, f"`data_parallel_shard_dim: -1`, which is {shards} of the {known} processes"
+        )
+    if problem := rows_problem(config, replicas * shards):
+        yield problem
+        return
+    micro_batches = (config.global_batch_size or 0) // (config.batch_size * replicas * shards)
+    if config.optimizer_in_bwd and micro_batches > 1:
+        yield (
+            f"`optimizer_in_bwd` can't be combined with `global_batch_size: {config.global_batch_size}`, which makes {micro_batches} "
+            f"micro-batches of `batch_size: {config.batch_size}`: {TOO_EARLY}; set `global_batch_size` to null"
+        )
+    if known and config.pipeline_parallel_dim > 1 and config.global_batch_size is not None:
+        yield from micro_batch_problems(config, micro_batches)
+
+
+def _adafactor_problem(config: Any, cut_by: str) -> Iterator[str]:
+    if _get(config, "optimizer", "type") == "adafactor":
+        yield (
+            f"`optimizer.type: adafactor` can't be combined with {cut_by}: it takes means over whole rows and columns, which no rank has "
+            "where parameters are cut; use copies (`data_parallel_shard_dim: 1` with `data_parallel_replicate_dim`), or another optimizer"
+        )
 
 
 def _layout(config: Any, notes: list[str]) -> Iterator[str]:
@@ -493,6 +529,14 @@ def _layout(config: Any, notes: list[str]) -> Iterator[str]:
         yield problem
     if config.expert_parallel_dim > 1:
         yield "`expert_parallel_dim`: there are no experts in the models that are supported yet; leave it at 1"
+    cutting = ("data_parallel_shard_dim", "context_parallel_dim", "tensor_parallel_dim")
+    if cuts := [f"`{option}: {getattr(config, option)}`" for option in cutting if getattr(config, option) > 1]:
+        yield from _adafactor_problem(config, " or ".join(cuts))
+    if config.pipeline_parallel_dim > 1 and getattr(config, "sample_prompts", None):
+        yield (
+            f"`sample_prompts` can't be combined with `pipeline_parallel_dim: {config.pipeline_parallel_dim}`: text isn't generated "
+            "through a pipeline of ranks yet; leave one of them out"
+        )
 
 
 _EXTRAS = {
