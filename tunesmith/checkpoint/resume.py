@@ -16,7 +16,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,8 +34,14 @@ _NAME = re.compile(r"step-(\d{8,})")
 RESUME = "resume"
 
 
-class HasState(Protocol):
-    def state(self) -> Any: ...
+class Data(Protocol):
+    def state(self) -> dict[str, Any]: ...
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of the run, of the states of all ranks."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 class Checkpoints:
@@ -51,7 +57,7 @@ class Checkpoints:
         run_folder: Path,
         stage_model: Callable[[Ranks], Callable[[Path], dict[str, str]]],
         optimizer: Any,
-        data: Any,
+        data: Data,
         fingerprint: dict[str, Any],
         mesh: Mesh,
         keep_last: int | None = None,
@@ -85,7 +91,7 @@ class Checkpoints:
             "fingerprint": self._fingerprint,
             "layout": self._layout,
             "counters": dict(self.counters),
-            "data": self._data.state(),
+            "data": self._data.merged(self._mesh.ranks.gather(self._data.state())),
             "optimizer": _merged(self._mesh.ranks.gather(values)),
             "python_random": random.getstate(),
         }

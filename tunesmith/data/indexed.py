@@ -223,7 +223,7 @@ class IndexedOrder:
             for source, data in zip(opened, sources)
         ]
 
-    def report(self, steps: int) -> DataReport:
+    def report(self, state: dict[str, Any]) -> DataReport:
         counts = self.mixture.counts
         return DataReport([source.report(count / sum(counts)) for source, count in zip(self.sources, counts)])
 
@@ -240,6 +240,9 @@ class IndexedOrder:
 
     def state(self, steps: int) -> dict[str, Any]:
         return {}
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return states[0]
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Any step is there at once: nothing to do."""

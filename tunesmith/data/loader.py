@@ -7,7 +7,7 @@ are cut.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -99,13 +99,17 @@ class Order(Protocol):
     packed: bool
     """Whether rows hold several documents that must not see each other."""
 
-    def report(self, steps: int) -> DataReport:
-        """What became of the rows: of a stream those that `steps` steps needed, else all."""
+    def report(self, state: dict[str, Any]) -> DataReport:
+        """What became of the rows: of a stream those that were needed up to `state`, else all."""
         ...
 
     def rows(self, epoch: int, step: int, rank: int, ranks: int) -> list[TokenRow]: ...
 
     def state(self, steps: int) -> dict[str, Any]: ...
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of all ranks together, of what each of them returns as its own after the same step."""
+        ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
 
@@ -141,7 +145,12 @@ class Batches:
 
     @property
     def report(self) -> DataReport:
-        return self.order.report(self._done)
+        """What became of the rows that this rank read."""
+        return self.report_at(self.state())
+
+    def report_at(self, state: dict[str, Any]) -> DataReport:
+        """What became of the rows up to `state`; of all ranks' rows where it is merged."""
+        return self.order.report(state)
 
     def __len__(self) -> int:
         return self.total_steps
@@ -168,8 +177,12 @@ class Batches:
         return batches
 
     def state(self) -> dict[str, Any]:
-        """Where the run stands after the last step that was taken; json can hold it."""
+        """Where this rank stands after the last step that was taken; json can hold it."""
         return {"step": self._done, **self.order.state(self._done)}
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Where the run stands, of what `state` returned on each rank: on a stream each reads parts of its own."""
+        return {"step": states[0]["step"], **self.order.merged(states)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on after the step of `state`."""

@@ -41,6 +41,7 @@ from tunesmith.checkpoint.resume import (
 from tunesmith.config import dump_config
 from tunesmith.configs.layout import Layout
 from tunesmith.configs.shared import LoRAWeights, TrainSettings
+from tunesmith.data.report import DataReport
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
@@ -239,10 +240,10 @@ class Run:
         if self.mesh.is_main:
             (self.folder / "config.yaml").write_text(dump_config(self.config))
             (self.folder / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
-            self._record_data()
+            self._record_data(self._data.report)
 
-    def _record_data(self) -> None:
-        (self.folder / "data_report.json").write_text(json.dumps(self._data.report.to_dict(), indent=1))
+    def _record_data(self, report: DataReport) -> None:
+        (self.folder / "data_report.json").write_text(json.dumps(report.to_dict(), indent=1))
 
     # --- checkpoints ---------------------------------------------------------------------------------
 
@@ -297,8 +298,9 @@ class Run:
         folder = self.folder / "checkpoints" / f"step-{step:08d}"
         if not self.stopped:
             self._check_saved(folder)
+        position = self._data.merged(self.mesh.ranks.gather(self._data.state()))
         if self.mesh.is_main:
-            self._record_data()  # of a stream only now it is known
+            self._record_data(self._data.report_at(position))  # of a stream only now it is known
             write_report(self.folder)
             print(
                 f"{'saved' if self._ending is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
