@@ -220,3 +220,23 @@ def test_of_a_stream_the_parts_of_all_ranks_are_kept(tmp_path, tiny_model):
         [parts] = state["data"]["parts"]
         assert len(parts) >= 4 and all(part["following"]["first"] > 0 for part in parts), (step, parts)
         assert step == "step-00000005" or all(part["start"]["first"] > 0 for part in parts), parts
+
+
+@pytest.mark.parametrize(
+    ("data", "batch_size_val"),
+    [("indexed", 3), ("stream", 2), pytest.param("indexed", 2, marks=pytest.mark.slow), pytest.param("stream", 3, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_limited_validation_gives_the_same_loss_on_every_layout(
+    data, batch_size_val, tmp_path, tiny_model, chat_file
+):
+    """Three micro-batches are no multiple of two ranks, nor three times three rows."""
+    words = ["sft", *COMMON, f"model={tiny_model}", f"dataset.source={chat_file}", f"dataset_val.source={chat_file}"]
+    words += ["max_steps=1", "max_val_steps=3", f"batch_size_val={batch_size_val}", "batch_size=4", "optimizer.lr=0.0"]
+    words += ["dataset_val.streaming=true"] if data == "stream" else []
+    losses = []
+    for layout in ("one", "dp2"):
+        folder = tmp_path / layout
+        train(words, folder, layout)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses += [row["val_loss"] for row in rows if "val_loss" in row]
+    assert len(losses) == 2 and math.isclose(*losses, rel_tol=1e-6), losses

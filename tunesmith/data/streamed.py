@@ -15,7 +15,7 @@ import numpy as np
 
 from tunesmith.configs.data import ChatData, TextData
 from tunesmith.data.cache import Reading
-from tunesmith.data.collate import TokenRow
+from tunesmith.data.collate import EMPTY_ROW, TokenRow
 from tunesmith.data.documents import RowReader, skipped_text
 from tunesmith.data.indexed import Segments, apportioned, examples, joined, mixing_weights
 from tunesmith.data.named import resolve
@@ -224,16 +224,18 @@ class StreamedOrder:
         sources = zip(self.sources, state["parts"], self.shares)
         return DataReport([source.report(parts, share) for source, parts, share in sources])
 
-    def rows(self, epoch: int, step: int, rank: int, ranks: int) -> list[TokenRow]:
-        """This rank's rows of step `step`, counted from 0 over the whole run; the longest first.
+    def rows(self, epoch: int, step: int, rank: int, ranks: int, most: int | None = None) -> list[TokenRow]:
+        """This rank's rows of step `step`, counted from 0 over the whole run, at most `most` over all ranks; the longest first.
 
         Row j of the run goes to rank j % ranks, so a rank reads (mostly) parts that no other rank reads.
         """
         first = step * self.rows_per_step
+        count = self.rows_per_step if most is None else min(most, self.rows_per_step)
         own = [
             self.sources[source].row(k)
-            for source, k in (self.draw(j) for j in range(first + rank, first + self.rows_per_step, ranks))
+            for source, k in (self.draw(j) for j in range(first + rank, first + count, ranks))
         ]
+        own += [EMPTY_ROW] * (-(-count // ranks) - len(own))
         return sorted(own, key=len, reverse=True)
 
     def draw(self, j: int) -> tuple[int, int]:
