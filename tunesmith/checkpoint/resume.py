@@ -146,6 +146,8 @@ class Checkpoints:
     def _publish(self, partial: Path, target: Path, state: dict[str, Any]) -> None:
         """Give a checkpoint whose files are all there its name, and let old ones go."""
         _write_synced(partial / RESUME / "state.json", json.dumps(state))
+        for folder in (partial / RESUME, partial):  # else a power cut may leave the new name without some of its files
+            _sync_folder(folder)
         if target.exists():  # the same step saved again, after a resume with less to do
             _remove(target)
         os.rename(partial, target)
