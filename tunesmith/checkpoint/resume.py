@@ -218,20 +218,37 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, checked against its digests; None where there is none."""
+    """The newest complete checkpoint of a run folder, checked against its digests; None where there is none. For one process."""
+    newest = find_newest(run_folder)
+    if newest is not None:
+        check_digests(newest)
+    return newest
+
+
+def find_newest(run_folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, not yet read; what a killed run left half-done is removed."""
     folder = run_folder / "checkpoints"
     for partial in [*folder.glob(".step-*.partial"), *folder.glob(".removed-*")]:
         shutil.rmtree(partial, ignore_errors=True)
     complete = complete_checkpoints(folder)
-    if not complete:
-        return None
-    newest = complete[-1][1]
-    try:
-        verify(newest, read_state(newest)["digests"])
-    except UserError as error:
-        raise UserError(f"{error}; remove {newest}, and `resume_from_checkpoint=true` takes the one before") from error
-    point_latest(folder, newest.name)
-    return newest
+    return complete[-1][1] if complete else None
+
+
+def check_digests(checkpoint: Path, ranks: Ranks | None = None) -> None:
+    """Read a checkpoint's files back, each rank some of them; then `latest` names it. Raises UserError on all for a file that differs."""
+    ranks = ranks or Ranks()
+
+    def check_own() -> None:
+        digests = sorted(read_state(checkpoint)["digests"].items())
+        try:
+            verify(checkpoint, dict(digests[ranks.rank :: ranks.world_size]))
+        except UserError as error:
+            raise UserError(
+                f"{error}; remove {checkpoint}, and `resume_from_checkpoint=true` takes the one before"
+            ) from error
+
+    ranks.on_all(check_own)
+    ranks.from_main(lambda: point_latest(checkpoint.parent, checkpoint.name))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -34,8 +34,9 @@ from tunesmith.checkpoint import adapter as peft
 from tunesmith.checkpoint.hf import check_saved, stage_repository
 from tunesmith.checkpoint.resume import (
     Checkpoints,
+    check_digests,
     check_same_run,
-    newest_checkpoint,
+    find_newest,
     read_state,
 )
 from tunesmith.config import dump_config
@@ -347,10 +348,12 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
         try:
             check_shared(folder, mesh.ranks)
             stack.enter_context(end_on_sigterm())
-            resume_from = mesh.ranks.from_main(lambda: newest_checkpoint(folder)) if resumes else None
-            _draw_seed(config, resume_from, mesh)
+            resume_from = mesh.ranks.from_main(lambda: find_newest(folder)) if resumes else None
             if resume_from is not None:
                 check_seen_everywhere(resume_from, mesh.ranks)
+                check_digests(resume_from, mesh.ranks)
+            _draw_seed(config, resume_from, mesh)
+            if resume_from is not None:
                 mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
             seed_everything((config.seed or 0) + mesh.dp_rank, config.deterministic)
             run = Run(config, recipe, mesh, folder, watchdog, resume_from)
