@@ -295,3 +295,28 @@ def test_the_real_tokenizer(assets):
     assert text.report.sources[0].fill > 0.998
     with pytest.raises(UserError, match="no chat template"):
         open_chat({"source": str(assets / "data" / source)}, tokenizer=load_tokenizer(assets / "tokenizers/gpt2"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("batch_size_val, most", [(7, 3), (2, 3), (1, 5), (7, 1), (20, 3)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_limited_validation_reads_the_same_rows_on_any_number_of_ranks(chats, streaming, batch_size_val, most, size):
+    def rows(rank, size):
+        options = {"batch_size_val": batch_size_val, "max_val_steps": most}
+        data = open_chat({"source": chats, "streaming": streaming}, rank, size, validation=True, **options)
+        steps = list(data)
+        assert all(len(batch.labels) <= batch_size_val for step in steps for batch in step)
+        data.close()
+        return steps
+
+    def trained(steps):
+        found = [row[row != -100].tolist() for step in steps for batch in step for row in batch.labels]
+        return [row for row in found if row]
+
+    one = rows(0, 1)
+    ranks = [rows(rank, size) for rank in range(size)]
+    shapes = [[len(batch.labels) for step in steps for batch in step] for steps in ranks]
+    assert shapes == [shapes[0]] * size, "as many micro-batches and rows on every rank"
+    assert sorted(sum(map(trained, ranks), [])) == sorted(trained(one))
+    expected = batch_size_val * most
+    assert len(trained(one)) == (expected if streaming else min(expected, 50))

@@ -199,3 +199,67 @@ def test_on_the_same_layout_a_resume_changes_no_bit(tmp_path, tiny_model, chat_f
         found = train([*words, f"max_steps={steps}", "resume_from_checkpoint=true"], tmp_path / "run", "dp2 x tp2")
     assert found[0] == through[0]
     assert all(torch.equal(found[1][name], tensor) for name, tensor in through[1].items())
+
+
+def run_in_small_parts(words, folder):
+    """On a rank: the same, of streams that are cut into parts at every 1,000 bytes."""
+    from tunesmith.data import parts
+
+    parts._CHUNK = 1000
+    return run_recipe(words, folder)
+
+
+def test_of_a_stream_the_parts_of_all_ranks_are_kept(tmp_path, tiny_model):
+    """A checkpoint tells of parts that rank 0 never reads how far others came, and the report counts them."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for file in range(4):
+        rows = [{"text": f"fox {file} dog {row} " * (1 + row * 7 % 5)} for row in range(40)]
+        rows[3] = {"text": " "}
+        (texts / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "pretrain",
+        *COMMON,
+        f"model={tiny_model}",
+        f"dataset.source={texts}",
+        "from_scratch=false",
+        "batch_size=2",
+    ]
+    words += ["dataset.streaming=true", "dataset.shuffle_buffer=16", "dataset.packed=false"]
+
+    def run(name, processes, *more):
+        assert run_distributed(run_in_small_parts, processes, [*words, *more], tmp_path / name) == [0] * processes
+        return result(tmp_path / name)
+
+    one, through = run("one", 1, "max_steps=12"), run("through", 2, "max_steps=12")
+    run("run", 2, "max_steps=5")
+    found = run("run", 2, "max_steps=12", "resume_from_checkpoint=true")
+    assert_same(through, one)
+    assert found[0] == through[0] and all(torch.equal(found[1][name], tensor) for name, tensor in through[1].items())
+    reports = [json.loads((tmp_path / name / "data_report.json").read_text()) for name in ("one", "through", "run")]
+    assert reports[0]["skipped"] and reports[0]["rows_read"] >= 80 and reports == [reports[0]] * 3
+    for step in ("step-00000005", "step-00000012"):
+        state = json.loads((tmp_path / "run" / "checkpoints" / step / "resume" / "state.json").read_text())
+        [parts] = state["data"]["parts"]
+        assert len(parts) >= 4 and all(part["following"]["first"] > 0 for part in parts), (step, parts)
+        assert step == "step-00000005" or all(part["start"]["first"] > 0 for part in parts), parts
+
+
+@pytest.mark.parametrize(
+    ("data", "batch_size_val"),
+    [("indexed", 3), ("stream", 2), pytest.param("indexed", 2, marks=pytest.mark.slow), pytest.param("stream", 3, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_limited_validation_gives_the_same_loss_on_every_layout(
+    data, batch_size_val, tmp_path, tiny_model, chat_file
+):
+    """Three micro-batches are no multiple of two ranks, nor three times three rows."""
+    words = ["sft", *COMMON, f"model={tiny_model}", f"dataset.source={chat_file}", f"dataset_val.source={chat_file}"]
+    words += ["max_steps=1", "max_val_steps=3", f"batch_size_val={batch_size_val}", "batch_size=4", "optimizer.lr=0.0"]
+    words += ["dataset_val.streaming=true"] if data == "stream" else []
+    losses = []
+    for layout in ("one", "dp2"):
+        folder = tmp_path / layout
+        train(words, folder, layout)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses += [row["val_loss"] for row in rows if "val_loss" in row]
+    assert len(losses) == 2 and math.isclose(*losses, rel_tol=1e-6), losses

@@ -16,7 +16,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,8 +34,14 @@ _NAME = re.compile(r"step-(\d{8,})")
 RESUME = "resume"
 
 
-class HasState(Protocol):
-    def state(self) -> Any: ...
+class Data(Protocol):
+    def state(self) -> dict[str, Any]: ...
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of the run, of the states of all ranks."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 class Checkpoints:
@@ -51,7 +57,7 @@ class Checkpoints:
         run_folder: Path,
         stage_model: Callable[[Ranks], Callable[[Path], dict[str, str]]],
         optimizer: Any,
-        data: Any,
+        data: Data,
         fingerprint: dict[str, Any],
         mesh: Mesh,
         keep_last: int | None = None,
@@ -85,7 +91,7 @@ class Checkpoints:
             "fingerprint": self._fingerprint,
             "layout": self._layout,
             "counters": dict(self.counters),
-            "data": self._data.state(),
+            "data": self._data.merged(self._mesh.ranks.gather(self._data.state())),
             "optimizer": _merged(self._mesh.ranks.gather(values)),
             "python_random": random.getstate(),
         }
@@ -140,6 +146,8 @@ class Checkpoints:
     def _publish(self, partial: Path, target: Path, state: dict[str, Any]) -> None:
         """Give a checkpoint whose files are all there its name, and let old ones go."""
         _write_synced(partial / RESUME / "state.json", json.dumps(state))
+        for folder in (partial / RESUME, partial):  # else a power cut may leave the new name without some of its files
+            _sync_folder(folder)
         if target.exists():  # the same step saved again, after a resume with less to do
             _remove(target)
         os.rename(partial, target)
@@ -210,20 +218,37 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, checked against its digests; None where there is none."""
+    """The newest complete checkpoint of a run folder, checked against its digests; None where there is none. For one process."""
+    newest = find_newest(run_folder)
+    if newest is not None:
+        check_digests(newest)
+    return newest
+
+
+def find_newest(run_folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, not yet read; what a killed run left half-done is removed."""
     folder = run_folder / "checkpoints"
     for partial in [*folder.glob(".step-*.partial"), *folder.glob(".removed-*")]:
         shutil.rmtree(partial, ignore_errors=True)
     complete = complete_checkpoints(folder)
-    if not complete:
-        return None
-    newest = complete[-1][1]
-    try:
-        verify(newest, read_state(newest)["digests"])
-    except UserError as error:
-        raise UserError(f"{error}; remove {newest}, and `resume_from_checkpoint=true` takes the one before") from error
-    point_latest(folder, newest.name)
-    return newest
+    return complete[-1][1] if complete else None
+
+
+def check_digests(checkpoint: Path, ranks: Ranks | None = None) -> None:
+    """Read a checkpoint's files back, each rank some of them; then `latest` names it. Raises UserError on all for a file that differs."""
+    ranks = ranks or Ranks()
+
+    def check_own() -> None:
+        digests = sorted(read_state(checkpoint)["digests"].items())
+        try:
+            verify(checkpoint, dict(digests[ranks.rank :: ranks.world_size]))
+        except UserError as error:
+            raise UserError(
+                f"{error}; remove {checkpoint}, and `resume_from_checkpoint=true` takes the one before"
+            ) from error
+
+    ranks.on_all(check_own)
+    ranks.from_main(lambda: point_latest(checkpoint.parent, checkpoint.name))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

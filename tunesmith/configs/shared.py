@@ -480,7 +480,7 @@ class TrainSettings(RunSettings):
     run_val_every_n_steps: int | None = None
     """Compute the validation loss this often, and at the end; null: only at the end, if there is validation data."""
     max_val_steps: int | None = None
-    """Micro-batches per validation; null: all."""
+    """Micro-batches per validation, counted as if one rank read them all, so the loss is the same on any layout; null: all."""
     param_dtype: Literal["bf16", "fp32"] | None = None
     """Number type in which trained weights are kept, if not dtype: fp32 with dtype bf16 computes in bf16 over fp32 master weights."""
     reduce_dtype: Literal["bf16", "fp32"] = "fp32"

@@ -223,23 +223,25 @@ class IndexedOrder:
             for source, data in zip(opened, sources)
         ]
 
-    def report(self, steps: int) -> DataReport:
+    def report(self, state: dict[str, Any]) -> DataReport:
         counts = self.mixture.counts
         return DataReport([source.report(count / sum(counts)) for source, count in zip(self.sources, counts)])
 
-    def rows(self, epoch: int, step: int, rank: int, ranks: int) -> list[TokenRow]:
-        """This rank's rows of step `step` (from 0) of an epoch, the longest first.
+    def rows(self, epoch: int, step: int, rank: int, ranks: int, most: int | None = None) -> list[TokenRow]:
+        """This rank's rows of step `step` (from 0) of an epoch, at most `most` over all ranks; the longest first.
 
         Rows are dealt out by length, so that ranks and micro-batches hold rows of like length.
         """
-        drawn = self.mixture.draw(epoch, step * self.rows_per_step, (step + 1) * self.rows_per_step)
+        drawn = self.mixture.draw(epoch, step * self.rows_per_step, (step + 1) * self.rows_per_step)[:most]
         drawn.sort(key=lambda row: -self.sources[row[0]].row_length(row[1]))
         own = [self.sources[source].row(k) for source, k in drawn[rank::ranks]]
-        most = -(-len(drawn) // ranks)
-        return own + [EMPTY_ROW] * (most - len(own))
+        return own + [EMPTY_ROW] * (-(-len(drawn) // ranks) - len(own))
 
     def state(self, steps: int) -> dict[str, Any]:
         return {}
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return states[0]
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Any step is there at once: nothing to do."""

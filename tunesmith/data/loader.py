@@ -7,7 +7,7 @@ are cut.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -99,13 +99,19 @@ class Order(Protocol):
     packed: bool
     """Whether rows hold several documents that must not see each other."""
 
-    def report(self, steps: int) -> DataReport:
-        """What became of the rows: of a stream those that `steps` steps needed, else all."""
+    def report(self, state: dict[str, Any]) -> DataReport:
+        """What became of the rows: of a stream those that were needed up to `state`, else all."""
         ...
 
-    def rows(self, epoch: int, step: int, rank: int, ranks: int) -> list[TokenRow]: ...
+    def rows(self, epoch: int, step: int, rank: int, ranks: int, most: int | None = None) -> list[TokenRow]:
+        """This rank's rows, as many as every rank's; `most`: where a step is cut short, rows over all ranks."""
+        ...
 
     def state(self, steps: int) -> dict[str, Any]: ...
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state of all ranks together, of what each of them returns as its own after the same step."""
+        ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
 
@@ -130,7 +136,13 @@ class Batches:
         per_epoch = order.steps_per_epoch
         self.steps_per_epoch: int | None = per_epoch if limit is None else min(limit, per_epoch or limit)
         """None for a stream: it has no end."""
-        self.total_steps = _total_steps(config, self.steps_per_epoch, validation)
+        self._most_rows = config.max_val_steps * batch_size if validation and config.max_val_steps is not None else None
+        """Of all steps and ranks together: as many as one rank would read in so many micro-batches."""
+        self.total_steps = (
+            _validation_steps(self.steps_per_epoch, self._most_rows, rows_per_step)
+            if validation
+            else _total_steps(config, self.steps_per_epoch)
+        )
         self._pin = mesh.device.type in ("cuda", "xpu")
         self._done = 0
         self._ahead: dict[int, Future[list[Batch]]] = {}
@@ -141,7 +153,12 @@ class Batches:
 
     @property
     def report(self) -> DataReport:
-        return self.order.report(self._done)
+        """What became of the rows that this rank read."""
+        return self.report_at(self.state())
+
+    def report_at(self, state: dict[str, Any]) -> DataReport:
+        """What became of the rows up to `state`; of all ranks' rows where it is merged."""
+        return self.order.report(state)
 
     def __len__(self) -> int:
         return self.total_steps
@@ -168,8 +185,12 @@ class Batches:
         return batches
 
     def state(self) -> dict[str, Any]:
-        """Where the run stands after the last step that was taken; json can hold it."""
+        """Where this rank stands after the last step that was taken; json can hold it."""
         return {"step": self._done, **self.order.state(self._done)}
+
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Where the run stands, of what `state` returned on each rank: on a stream each reads parts of its own."""
+        return {"step": states[0]["step"], **self.order.merged(states)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on after the step of `state`."""
@@ -198,20 +219,25 @@ class Batches:
             if order.steps_per_epoch and self.steps_per_epoch
             else (0, number - 1)
         )
-        rows = order.rows(epoch, step, self.mesh.dp_rank, self.mesh.dp_size)
+        most = None if self._most_rows is None else self._most_rows - step * self.rows_per_step
+        rows = order.rows(epoch, step, self.mesh.dp_rank, self.mesh.dp_size, most)
         return [
             collate(rows[i : i + size], self.pad_id, order.packed, order.max_seq_len, order.width, self._pin)
             for i in range(0, len(rows), size)
         ]
 
 
-def _total_steps(config: TrainSettings, steps_per_epoch: int | None, validation: bool) -> int:
-    if validation:
-        limits = [steps_per_epoch, config.max_val_steps]
-        missing = "`dataset_val.streaming: true` needs `max_val_steps`"
-    else:
-        limits = [steps_per_epoch and config.epochs * steps_per_epoch, config.max_steps]
-        missing = "`dataset.streaming: true` needs `max_steps`"
+def _total_steps(config: TrainSettings, steps_per_epoch: int | None) -> int:
+    limits = [steps_per_epoch and config.epochs * steps_per_epoch, config.max_steps]
+    return _least(limits, "`dataset.streaming: true` needs `max_steps`")
+
+
+def _validation_steps(steps_per_epoch: int | None, most_rows: int | None, rows_per_step: int) -> int:
+    limits = [steps_per_epoch, most_rows if most_rows is None else -(-most_rows // rows_per_step)]
+    return _least(limits, "`dataset_val.streaming: true` needs `max_val_steps`")
+
+
+def _least(limits: list[int | None], missing: str) -> int:
     known = [limit for limit in limits if limit is not None]
     if not known:
         raise UserError(f"{missing}: how long a stream is can't be known beforehand")

@@ -15,7 +15,7 @@ import numpy as np
 
 from tunesmith.configs.data import ChatData, TextData
 from tunesmith.data.cache import Reading
-from tunesmith.data.collate import TokenRow
+from tunesmith.data.collate import EMPTY_ROW, TokenRow
 from tunesmith.data.documents import RowReader, skipped_text
 from tunesmith.data.indexed import Segments, apportioned, examples, joined, mixing_weights
 from tunesmith.data.named import resolve
@@ -173,9 +173,9 @@ class StreamedSource:
         for stream, starts in zip(self.streams, state):
             stream.resume(BlockStart.from_state(starts["start"]), BlockStart.from_state(starts["following"]))
 
-    def report(self, k: int, share: float) -> SourceReport:
-        """What became of the rows of all blocks that hold one of rows 0 to k - 1."""
-        read = [stream.start_after(number) for stream, number in self.taken(k)]
+    def report(self, state: list[dict[str, Any]], share: float) -> SourceReport:
+        """What became of the rows of all blocks that were in use up to `state`."""
+        read = [BlockStart.from_state(starts["following"]) for starts in state]
         counts = sum((start.counts for start in read), Counts())
         return SourceReport(
             source=self.name,
@@ -220,20 +220,22 @@ class StreamedOrder:
             for source, data in zip(self.sources, sources)
         ]
 
-    def report(self, steps: int) -> DataReport:
-        taken = self._taken(steps)
-        return DataReport([source.report(k, share) for source, k, share in zip(self.sources, taken, self.shares)])
+    def report(self, state: dict[str, Any]) -> DataReport:
+        sources = zip(self.sources, state["parts"], self.shares)
+        return DataReport([source.report(parts, share) for source, parts, share in sources])
 
-    def rows(self, epoch: int, step: int, rank: int, ranks: int) -> list[TokenRow]:
-        """This rank's rows of step `step`, counted from 0 over the whole run; the longest first.
+    def rows(self, epoch: int, step: int, rank: int, ranks: int, most: int | None = None) -> list[TokenRow]:
+        """This rank's rows of step `step`, counted from 0 over the whole run, at most `most` over all ranks; the longest first.
 
         Row j of the run goes to rank j % ranks, so a rank reads (mostly) parts that no other rank reads.
         """
         first = step * self.rows_per_step
+        count = self.rows_per_step if most is None else min(most, self.rows_per_step)
         own = [
             self.sources[source].row(k)
-            for source, k in (self.draw(j) for j in range(first + rank, first + self.rows_per_step, ranks))
+            for source, k in (self.draw(j) for j in range(first + rank, first + count, ranks))
         ]
+        own += [EMPTY_ROW] * (-(-count // ranks) - len(own))
         return sorted(own, key=len, reverse=True)
 
     def draw(self, j: int) -> tuple[int, int]:
@@ -261,6 +263,16 @@ class StreamedOrder:
         """Where every part stands after `steps` steps."""
         return {"parts": [source.state(k) for source, k in zip(self.sources, self._taken(steps))]}
 
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Of each part the state of the rank that read furthest; what was read ahead of the step is in none of them."""
+        of_sources = zip(*(state["parts"] for state in states), strict=True)
+        return {"parts": [[max(one, key=_reached) for one in zip(*source, strict=True)] for source in of_sources]}
+
     def load_state(self, state: dict[str, Any]) -> None:
         for source, parts in zip(self.sources, state.get("parts", [])):
             source.load_state(parts)
+
+
+def _reached(starts: dict[str, Any]) -> tuple[int, int]:
+    """How far a rank came in a part; 0 where it reads none of it."""
+    return starts["following"]["first"], starts["start"]["first"]

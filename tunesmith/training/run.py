@@ -34,13 +34,15 @@ from tunesmith.checkpoint import adapter as peft
 from tunesmith.checkpoint.hf import check_saved, stage_repository
 from tunesmith.checkpoint.resume import (
     Checkpoints,
+    check_digests,
     check_same_run,
-    newest_checkpoint,
+    find_newest,
     read_state,
 )
 from tunesmith.config import dump_config
 from tunesmith.configs.layout import Layout
 from tunesmith.configs.shared import LoRAWeights, TrainSettings
+from tunesmith.data.report import DataReport
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
@@ -239,10 +241,10 @@ class Run:
         if self.mesh.is_main:
             (self.folder / "config.yaml").write_text(dump_config(self.config))
             (self.folder / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
-            self._record_data()
+            self._record_data(self._data.report)
 
-    def _record_data(self) -> None:
-        (self.folder / "data_report.json").write_text(json.dumps(self._data.report.to_dict(), indent=1))
+    def _record_data(self, report: DataReport) -> None:
+        (self.folder / "data_report.json").write_text(json.dumps(report.to_dict(), indent=1))
 
     # --- checkpoints ---------------------------------------------------------------------------------
 
@@ -297,8 +299,9 @@ class Run:
         folder = self.folder / "checkpoints" / f"step-{step:08d}"
         if not self.stopped:
             self._check_saved(folder)
+        position = self._data.merged(self.mesh.ranks.gather(self._data.state()))
         if self.mesh.is_main:
-            self._record_data()  # of a stream only now it is known
+            self._record_data(self._data.report_at(position))  # of a stream only now it is known
             write_report(self.folder)
             print(
                 f"{'saved' if self._ending is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
@@ -345,10 +348,12 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
         try:
             check_shared(folder, mesh.ranks)
             stack.enter_context(end_on_sigterm())
-            resume_from = mesh.ranks.from_main(lambda: newest_checkpoint(folder)) if resumes else None
-            _draw_seed(config, resume_from, mesh)
+            resume_from = mesh.ranks.from_main(lambda: find_newest(folder)) if resumes else None
             if resume_from is not None:
                 check_seen_everywhere(resume_from, mesh.ranks)
+                check_digests(resume_from, mesh.ranks)
+            _draw_seed(config, resume_from, mesh)
+            if resume_from is not None:
                 mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
             seed_everything((config.seed or 0) + mesh.index("pp", *DATA, "cp"), config.deterministic)
             run = Run(config, recipe, mesh, folder, watchdog, resume_from)
