@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from tunesmith.configs.data import ChatData, TextData
+from tunesmith.configs.layout import rows_problem
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.data.batch import Batch
 from tunesmith.data.collate import TokenRow, collate
@@ -76,15 +77,10 @@ def global_batch(config: TrainSettings, mesh: Mesh, validation: bool = False) ->
     if validation:
         batch_size = config.batch_size_val or config.batch_size
         return batch_size * mesh.dp_size, batch_size
-    at_once = config.batch_size * mesh.dp_size
     if config.global_batch_size is None:
-        return at_once * (config.gradient_accumulation_steps or 1), config.batch_size
-    if config.global_batch_size % at_once:
-        ranks = f" x {mesh.dp_size} data-parallel ranks" if mesh.dp_size > 1 else ""
-        raise UserError(
-            f"`global_batch_size` = {config.global_batch_size} is no multiple of `batch_size` = {config.batch_size}{ranks}; "
-            f"take {max(1, round(config.global_batch_size / at_once)) * at_once}, or another `batch_size`"
-        )
+        return config.batch_size * mesh.dp_size * (config.gradient_accumulation_steps or 1), config.batch_size
+    if problem := rows_problem(config, mesh.dp_size):
+        raise UserError(problem)
     return config.global_batch_size, config.batch_size
 
 
