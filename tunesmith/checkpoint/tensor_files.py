@@ -322,7 +322,7 @@ def write_tensors(
     max_shard_size: float = 5e9,
     ranks: Ranks | None = None,
 ) -> dict[str, str]:
-    """Write `tensors` as `stem`.safetensors, or as shards of at most `max_shard_size` bytes with an index; return {file: sha256}.
+    """Write `tensors` as `stem`.safetensors, or as shards of at most `max_shard_size` bytes (infinite: one file, always) with an index; return {file: sha256}.
 
     On several ranks each names the tensors of which it holds a part, and all call this together: files are dealt out over
     the ranks, and their tensors brought together one at a time by the rank that writes them.
@@ -337,7 +337,7 @@ def write_tensors(
         for name, (shape, dtype, part) in held.items():
             holders.setdefault(name, []).append((rank, part or Part.whole(shape)))
             wholes.setdefault(name, Outgoing(shape, dtype, lambda: torch.empty(0)))
-    if ranks.world_size > 1:  # smaller files, so that several ranks write
+    if ranks.world_size > 1 and max_shard_size < math.inf:  # smaller files, so that several ranks write
         total = sum(one.size for one in wholes.values())
         max_shard_size = min(max_shard_size, max(total / ranks.world_size, _SMALLEST_SHARED_SHARD))
     shards = _cut(wholes, max_shard_size)
