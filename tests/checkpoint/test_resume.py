@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.recipes.test_layouts import COMMON, run_recipe
-from tunesmith.checkpoint.resume import newest_checkpoint
+from tunesmith.checkpoint.resume import check_digests, find_newest
 from tunesmith.errors import UserError
 
 
@@ -59,7 +59,7 @@ def test_each_rank_reads_a_share_of_the_checkpoint_that_is_resumed(tmp_path, tin
     newest = folder / "checkpoints" / "step-00000001"
     (folder / "checkpoints" / "latest").unlink()
     (first, nothing), (second, nor_there) = run_distributed(resume_and_record, 2, words, folder)
-    assert nothing is nor_there is None and newest_checkpoint(folder) == newest
+    assert nothing is nor_there is None and find_newest(folder) == newest
     digests = json.loads((newest / "resume" / "state.json").read_text())["digests"]
     assert first and second and sorted(first + second) == sorted(digests)
     assert (folder / "checkpoints" / "latest").read_text().strip() == newest.name
@@ -69,5 +69,5 @@ def test_each_rank_reads_a_share_of_the_checkpoint_that_is_resumed(tmp_path, tin
         (_, said), (_, other) = run_distributed(resume_and_record, 2, words, folder)
         assert said == other and f"{damaged} is not what was written" in said and f"remove {newest}, and" in said
         with pytest.raises(UserError, match="is not what was written.*takes the one before"):
-            newest_checkpoint(folder)
+            check_digests(newest)
         (newest / damaged).write_bytes(whole)

@@ -185,14 +185,6 @@ def test_muon_where_a_stage_has_nothing_to_train(models, alone, chat_file):
     compare(models, alone, 2, "1F1B", False, words)
 
 
-def test_eight_bit_states_of_a_tied_head_are_refused(models, chat_file):
-    words = [f"dataset.source={chat_file}", "batch_size=2", PIPELINE, "optimizer.type=adamw_8bit"]
-    with pytest.raises(
-        AssertionError, match="UserError: .*adamw_8bit.* can't be combined with .*pipeline_parallel_dim"
-    ):
-        run(2, models[True], *words)
-
-
 def test_sharded_stages(models, alone, chat_file):
     words = [f"dataset.source={chat_file}", "batch_size=1"]
     compare(models, alone, 4, "InterleavedZeroBubble", True, words)

@@ -217,14 +217,6 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((step, path) for step, path in found if (path / RESUME / "state.json").is_file())
 
 
-def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, checked against its digests; None where there is none. For one process."""
-    newest = find_newest(run_folder)
-    if newest is not None:
-        check_digests(newest)
-    return newest
-
-
 def find_newest(run_folder: Path) -> Path | None:
     """The newest complete checkpoint of a run folder, not yet read; what a killed run left half-done is removed."""
     folder = run_folder / "checkpoints"

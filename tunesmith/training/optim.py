@@ -64,17 +64,6 @@ class Optimizer:
 
     def _build(self, parameters: Parameters) -> list[torch.optim.Optimizer]:
         config = self.config.optimizer
-        if isinstance(config, shared.Adafactor) and not all(self._parts[name].is_whole for name, _ in parameters):
-            raise UserError(
-                "`optimizer.type: adafactor` takes means over whole rows and columns, which no rank has where "
-                "`data_parallel_shard_dim`, `context_parallel_dim` or `tensor_parallel_dim` cut them: use copies "
-                "(`data_parallel_shard_dim: 1` with `data_parallel_replicate_dim`), or another optimizer"
-            )
-        if isinstance(config, shared.AdamW8bit) and self._copies:
-            raise UserError(
-                "`optimizer.type: adamw_8bit` can't be combined with `pipeline_parallel_dim` where the model's head is tied to its "
-                "embedding: each rank keeps such states for itself, and one of the two could not be resumed; use adamw"
-            )
         return build_optimizers(parameters, config, lambda: self._wholes)
 
     @cached_property
