@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tunesmith.configs.shared import TrainSettings
+from tunesmith.errors import UserError
 from tunesmith.nn.sequence_shards import SequenceShards
 from tunesmith.parallel.memory import apply_activation_checkpointing
 from tunesmith.parallel.mesh import Mesh
@@ -54,6 +55,12 @@ def _shard(model: Any, mesh: Mesh, config: TrainSettings, compute_dtype: torch.d
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # takes most of a second
 
     decoder = model.model
+    is_quantized = any(not parameter.dtype.is_floating_point for parameter in model.parameters())
+    if is_quantized and torch.__version__ < "2.13":  # a TorchVersion, which compares as versions do
+        raise UserError(
+            f"`weights.quantize_base` over ranks that share weights needs torch 2.13 or newer, this is {torch.__version__}: "
+            "install it, or split the model by `tensor_parallel_dim` or `pipeline_parallel_dim` alone"
+        )
     reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce_dtype]
     options = {
         "mesh": mesh.shards,

@@ -226,14 +226,15 @@ class Pipeline:
         """The schedule for so many micro-batches of one shape. Another shape needs another: torch's keep their buffers."""
         if self._schedule_is_for != (count, rows, width):
             self._schedule = None  # frees those buffers
-            self._schedule = self._build_schedule(count, self._stream(rows, width))
+            self._schedule = self._build_schedule(count, rows, width)
             self._schedule_is_for = (count, rows, width)
         return self._schedule
 
-    def _build_schedule(self, count: int, stream: Tensor) -> Any:
+    def _build_schedule(self, count: int, rows: int, width: int) -> Any:
         from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
         kind: Any = get_schedule_class(self._name)
+        stream, whole = self._stream(rows, width), self._example(rows, width)
         stages = [
             # Told the shapes, stages need not find them out by running: which sends messages, and hangs where it happens on some ranks only.
             _stage_class()(
@@ -242,7 +243,7 @@ class Pipeline:
                 self.count,
                 self.device,
                 input_args=(stream,) if stage.number else (),
-                output_args=(stream,),
+                output_args=(whole if stage.number == self.count - 1 else stream,),
                 group=self.group,
             )
             for stage in self.stages
@@ -317,7 +318,10 @@ class Pipeline:
     def _stream(self, rows: int, width: int) -> Tensor:
         """Hidden states between stages as an example without values: (B, T, D), or of T this rank's part."""
         shares = self._shares if width % self._shares == 0 else 1  # as parallel.tensor has it
-        shape = (rows, width // shares, self._model.config.hidden_size)
+        return self._example(rows, width // shares)
+
+    def _example(self, rows: int, width: int) -> Tensor:
+        shape = (rows, width, self._model.config.hidden_size)
         return torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
 
     def _empty(self, shape: Sequence[int]) -> Tensor:
