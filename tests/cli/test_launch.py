@@ -63,7 +63,7 @@ def test_sigterm_saves_on_all_ranks_and_says_so_once(tmp_path, tiny_model, chat_
 def test_a_rank_that_hangs_is_told_from_one_that_waits(tmp_path, tiny_model, chat_file):
     words = launching.words(tmp_path, tiny_model, chat_file, "dist_timeout_seconds=5")
     code, _, errors = launching.tune(TWO, words, tmp_path, "sleep:1:4")
-    assert code == 1
+    assert code == 1 and len(errors.splitlines()) == 3, errors
     guilty, waiting, stacks = errors.splitlines()
     assert re.match(
         r"rank 1 \(\S+, process \d+\) has hung for \d+ s in step 4 \(beginning\) at own.py:\d+ sleep_for_ever < ",

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import json
-import linecache
 import os
 import platform
 import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -47,6 +46,7 @@ class Watchdog:
         self.rank, self.world_size = mesh.rank, mesh.world_size
         self._folder, self._timeout, self._computes_behind = folder, timeout_seconds, mesh.device.type != "cpu"
         self._pause = min(5.0, max(0.1, timeout_seconds / 40))
+        self._patience = max(2.5 * self._pause, 1.5)
         self._step, self._phase, self._count, self._beats = 0, "starting", 0, 0
         self._since = time.monotonic()
         self._main = threading.main_thread().ident
@@ -56,14 +56,15 @@ class Watchdog:
         self._note = _note_file(self.rank)
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._has_waited, self._talked = False, time.monotonic()
+        self._has_waited, self._unanswered = False, 0
         self._launcher = os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid())
         self._parent = os.getppid()
         self._store: Any = None
+        self._attempt = "watch"
         self.at(0, "starting")
         if mesh.world_size > 1:
-            name = mesh.ranks.from_main(lambda: f"watch/{os.getpid()}-{time.time_ns()}")
-            self._store = PrefixStore(name, connect_store(max(5.0, 2 * self._pause), may_keep_it=False))
+            self._attempt = mesh.ranks.from_main(lambda: f"watch-{os.getpid()}-{time.time_ns()}")
+            self._store = PrefixStore(self._attempt, connect_store(max(5.0, 2 * self._pause), may_keep_it=False))
         if mesh.world_size > 1 or self._launcher:
             self._threads = [
                 threading.Thread(target=run, daemon=True)
@@ -105,7 +106,8 @@ class Watchdog:
             if self._store is None:
                 continue
             self._has_waited = self._look()
-            if self._has_waited and time.monotonic() - self._talked > 6 * self._pause:
+            self._unanswered += 1  # counted, not timed: a machine that stood still for a while accuses nobody
+            if self._has_waited and self._unanswered * self._pause > 2.5 * self._patience:
                 seconds = time.monotonic() - self._since
                 self._end(
                     f"{_keeper()}, which keeps what ranks tell each other, does not answer: it is stopped, or its machine is gone\n"
@@ -118,7 +120,7 @@ class Watchdog:
         while not self._stopped.wait(self._pause):
             with contextlib.suppress(RuntimeError):  # the store's keeper is gone
                 self._beat(self._has_waited)
-                self._talked = time.monotonic()
+                self._unanswered = 0
 
     def _place(self) -> str:
         frame = sys._current_frames().get(self._main or 0)
@@ -133,9 +135,8 @@ class Watchdog:
             self._held = frame if now - self._since > 2 * self._pause else None
             self._held_since = now
             return False
-        return (
-            now - self._held_since > self._timeout - 8 * self._pause
-        )  # it was there up to 3 pauses before it was seen
+        early = 8 * self._pause  # it was there up to 3 pauses before it was seen
+        return now - self._held_since > self._timeout - early
 
     def _waiting_frame(self) -> FrameType | None:
         """The innermost frame of the thread that waits for other ranks; None where the rank computes, reads or sleeps."""
@@ -175,7 +176,7 @@ class Watchdog:
     def _find_out(self) -> None:
         """Compare what all ranks write; say who hangs, where, and who waits for it."""
         first = self._states()
-        time.sleep(2.5 * self._pause)
+        time.sleep(self._patience)
         states = self._states()
         for rank, state in states.items():
             state["silent"] = state.get("beats") == first[rank].get("beats")
@@ -202,13 +203,13 @@ class Watchdog:
                 (self._folder / FOLDER / f"rank-{self.rank}.flight").write_bytes(record)
 
     def _end(self, text: str, store_answers: bool = True) -> None:
-        """Say it, once on every node, and end this process."""
+        """Say it, once on every node and attempt, and end this process."""
         self._dump()
-        if is_first(f"{zlib.crc32(text.encode()):x}"):
+        if is_first(self._attempt):
             print(text, file=sys.stderr, flush=True)
             if store_answers:
                 self._kill_the_silent()
-        time.sleep(2 * self._pause)  # the others read it too, also where this process keeps the store
+        time.sleep(self._patience)  # the others read it too, also where this process keeps the store
         os._exit(REPORTED)
 
     def _kill_the_silent(self) -> None:
@@ -293,8 +294,19 @@ def waits(frame: FrameType) -> bool:
         current = current.f_back
     if current is not frame or current is None:
         return False
-    line = linecache.getline(current.f_code.co_filename, current.f_lineno)
+    lines = _lines(current.f_code.co_filename)
+    number = current.f_lineno or 0  # None or 0 where a frame only begins
+    line = lines[number - 1] if 0 < number <= len(lines) else ""
     return "dist." in line or ".wait()" in line  # straight into C++
+
+
+@functools.cache
+def _lines(file: str) -> list[str]:
+    """Of a source file. linecache is not for several threads: one that fills it lets another fail with a KeyError."""
+    try:
+        return Path(file).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _state(pid: int) -> str | None:
