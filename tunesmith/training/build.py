@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,32 @@ def construct_model(
     if lora:
         _apply(model, lora, resume_from)
     return model, rows if grows else None
+
+
+def build_frozen(
+    config: TrainSettings, source: Source, tokenizer: Tokenizer, mesh: Mesh, quantize: str | None = None
+) -> CausalLM:
+    """A second model beside the trained one, spread over `mesh` like it, whose weights stay as they are: a reference, a teacher.
+
+    quantize: "nf4" holds its matrices in 4 bits. Its embedding grows with the tokenizer as the trained one's does.
+    """
+    rows = source.family.read_config(source.hf_config).vocab_size
+    grows = tokenizer.vocab_size > rows
+    hf_config = {**source.hf_config, "vocab_size": tokenizer.vocab_size} if grows else source.hf_config
+    with torch.device("meta"), default_dtype(DTYPES[config.dtype]):
+        model = build(hf_config, source.family, source.family.read_config(hf_config))
+    if quantize:
+        quantize_linear_layers(model)
+    # Nothing of it is kept for a backward pass, and it may have another number of layers.
+    as_it_is = {"enable_activation_checkpointing": False, "ac_mode": "full", "enable_activation_offloading": False}
+    even = {"pipeline_parallel_layers_per_stage": None, "pipeline_parallel_split_points": None}
+    parallelize(model, mesh, source.family.tp_plan, replace(config, **as_it_is, **even))
+    device = torch.device("cpu") if config.fsdp_cpu_offload else mesh.device
+    _materialize(model, device, max_sequence_length(config, source))
+    model.requires_grad_(False)
+    assert source.folder is not None, "a frozen model has weights"
+    load_weights(model, source.folder, source.family, new_rows_from=rows if grows else None)
+    return model.eval()
 
 
 def trained_dtype(config: TrainSettings) -> torch.dtype:

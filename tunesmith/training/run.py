@@ -198,7 +198,7 @@ class Run:
         values: dict[str, Any] = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
         if len(stats.terms) > 1:
             values |= stats.terms
-        values |= more
+        values |= stats.metrics | more
         values |= {"num_tokens": counters["num_tokens"], "num_trained": stats.num_trained}
         if counters["skipped_steps"]:
             values["skipped_steps"] = counters["skipped_steps"]
@@ -214,14 +214,17 @@ class Run:
         """Whether something done `every` so many steps is due after `step`; at the last step it always is."""
         return step == self._total or (every is not None and step % every == 0)
 
-    def validate(self, step: int, compute: Callable[[], float]) -> None:
-        """Compute and log the validation loss where it is due."""
+    def validate(self, step: int, compute: Callable[[], dict[str, float]]) -> None:
+        """Compute and log the validation loss, and what comes with it, where it is due."""
         assert self._metrics is not None
         if self.due(self.config.run_val_every_n_steps, step):
             self._watchdog.at(step, "validating")
-            loss = compute()
-            self._metrics.log(step, {"val_loss": loss})
-            self.note(f"step {step}: validation loss {loss:.4f}")
+            means = compute()
+            self._metrics.log(step, {f"val_{name}": value for name, value in means.items()})
+            others = "".join(
+                f", {name.replace('_', ' ')} {value:.4g}" for name, value in means.items() if name != "loss"
+            )
+            self.note(f"step {step}: validation loss {means['loss']:.4f}{others}")
 
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint every save_every_n_steps, at the end, and when the run was asked to stop."""
