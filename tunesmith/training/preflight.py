@@ -297,6 +297,42 @@ def _fit(config: Any, notes: list[str]) -> Iterator[str]:
         notes.append(warning)
 
 
+def _reference(config: Any, notes: list[str]) -> Iterator[str]:
+    """The model that a preference method compares with, where another one is named."""
+    from tunesmith.models.families import model_config
+
+    name = _get(config, "reference", "model")
+    if name is None:
+        return
+    folder = follow_latest(Path(name).expanduser())
+    if not folder.exists():
+        yield from _not_a_folder("reference.model", name, notes)
+        return
+    problems = list(_model_folder(folder, weights=True))
+    yield from (f"`reference.model`: {problem}" for problem in problems)
+    try:
+        if not problems and (ours := _shape(config)) is not None:
+            _, family, shape = model_config(folder)
+            check_reference(config.model, ours, name, (family, shape))
+    except UserError as error:
+        yield str(error)
+
+
+def check_reference(
+    model: str, ours: tuple[Family, DecoderConfig], name: str, other: tuple[Family, DecoderConfig]
+) -> None:
+    """Raise UserError where the reference `name` is not a model of the shape and vocabulary of the one that is trained."""
+    (family, shape), (their_family, theirs) = ours, other
+    pairs = {"family": (family.name, their_family.name)}
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    pairs |= {size: (getattr(shape, size), getattr(theirs, size)) for size in sizes}
+    if different := [f"its {size} is {their} instead of {own}" for size, (own, their) in pairs.items() if own != their]:
+        raise UserError(
+            f"`reference.model`: {name} is another kind of model than {model}: {', '.join(different)}; a reference is the trained model "
+            "at an earlier time, such as the one that training starts from"
+        )
+
+
 def layout_problems(config: Any, shape: DecoderConfig) -> Iterator[str]:
     """One sentence for everything of the model's `shape` that the layout of a run that trains can't cut."""
     yield from Layout.of(config).problems(shape, quantized=bool(_get(config, "weights", "quantize_base")))
@@ -574,4 +610,4 @@ def _get(config: Any, section: str, option: str) -> Any:
     return getattr(getattr(config, section, None), option, None)
 
 
-_PARTS = (_model, _adapters, _fit, _tokenizer, _data, _output, _layout, _packages)
+_PARTS = (_model, _adapters, _fit, _reference, _tokenizer, _data, _output, _layout, _packages)

@@ -169,6 +169,12 @@ class Run:
         return self._ending is not None
 
     @property
+    def running(self) -> dict[str, float]:
+        """Statistics of a method that go on over the whole run: what is written here is saved and resumed with it."""
+        assert self._checkpoints is not None, "call keep() first"
+        return self._checkpoints.running
+
+    @property
     def has_begun(self) -> bool:
         """Whether there is something to keep: a step was taken, now or before a resume."""
         return self._step_taken or self.resume_from is not None
