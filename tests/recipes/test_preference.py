@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_layouts import COMMON, assert_same, train
 
+from tests.runs import COMMON, assert_same, train
 from tunesmith.config import load_config, run
 from tunesmith.configs.preference import PreferenceLoss
 from tunesmith.errors import ConfigError, UserError

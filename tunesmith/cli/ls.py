@@ -45,7 +45,9 @@ def _show_all() -> None:
     from tunesmith.models.families import named_sizes
 
     _section("RECIPES", {recipe.name: recipe.summary for recipe in RECIPES.values()})
-    print("GRID   every method trains every kind of weights, on every layout: one process, FSDP, copies, tensor, context, pipeline")
+    print(
+        "GRID   every method trains every kind of weights, on every layout: one process, FSDP, copies, tensor, context, pipeline"
+    )
     for line in grid.plain():
         print(f"  {line}")
     print()

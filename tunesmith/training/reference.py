@@ -151,7 +151,7 @@ class References:
             tokens[places[places >= 0].cpu()] = log_probs[places >= 0].float().cpu()
 
         with torch.no_grad():
-            for batches in rows.each_row_once(self.config):
+            for batches in rows.each_row_once():
                 forward(model, own_batches(model, batches, self._mesh), write, self._precision)
         self._mesh.sum_tensor(tokens, LOSS)
         if self._mesh.is_main:
