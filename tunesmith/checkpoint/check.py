@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.checkpoint.load import load_weights, read_model_config, stated_dtype
+from tunesmith.checkpoint.load import load_weights, prepare_quantized, read_model_config, stated_dtype
 from tunesmith.checkpoint.tensor_files import sha256_of
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM, build
@@ -73,6 +73,7 @@ def logits_from_files(
             model = build(hf_config, family, config)
     finally:
         torch.set_default_dtype(before)
+    prepare_quantized(model, folder)
     load_weights(model, folder, family)
     device = torch.device(device)
     model.init_buffers(device)
