@@ -120,11 +120,14 @@ def test_int4_layers_compute_the_same(torchao, kind):
 def test_our_words_are_torchaos(torchao, kind):
     from torchao.core.config import config_to_dict
 
+    mapping = torchao.MappingType.SYMMETRIC_NO_CLIPPING_ERR
     if kind == "int4_weight_only":
-        config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(64))
+        config = torchao.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=torchao.PerGroup(64), mapping_type=mapping
+        )
     else:
         config = torchao.Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4, weight_granularity=torchao.PerGroup(64)
+            weight_dtype=torch.int4, weight_granularity=torchao.PerGroup(64), weight_mapping_type=mapping
         )
     scheme = Scheme(kind, 64)
     ours = scheme.to_config(["lm_head"])
@@ -161,10 +164,10 @@ def gradients(output, tensors):
 
 
 def test_gradients_pass_straight_through():
-    """Also to what is cut: the largest weight of a group."""
+    """Also to the largest weight of a group."""
     model = nn.Sequential(Linear(64, 96))
     with torch.no_grad():
-        model[0].weight[0, 0] = 9.0  # 7.5 steps, which round to 8 and are cut to 7
+        model[0].weight[0, 0] = 9.0
     apply_fake_quantization(model, Scheme("int8_dynamic_int4"))
     layer, x = model[0], torch.randn(2, 6, 64, requires_grad=True)
     tensors = [x, layer.weight, layer.bias]

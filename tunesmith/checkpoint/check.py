@@ -117,6 +117,21 @@ def check_logits(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> f
     return difference
 
 
+def check_rounded_logits(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> float:
+    """The size of the difference of two (…, V) logits relative to that of `ours`, as `check_logits` but of all together.
+
+    For models that round what they compute with: of a number half-way between two levels the last digit, which depends on the
+    layout, decides, so that single logits may differ by a step.
+    """
+    difference = ((ours - theirs).norm() / ours.norm().clamp_min(1e-30)).item()
+    if not difference <= tolerance:
+        raise UserError(
+            f"{what} gives other logits than the model in memory: they differ by {difference:.2e} of their size, more than {tolerance:.0e}; "
+            "don't use these files, take those of the checkpoint, and report it"
+        )
+    return difference
+
+
 def check_saved(
     model: CausalLM, folder: str | Path, tolerance: float | None = None, ranks: Ranks | None = None
 ) -> float:

@@ -1,8 +1,8 @@
 """Quantization-aware training: linear layers that compute with rounded weights and inputs, and learn as if they were not rounded.
 
 What is computed is what the converted layer (`nn.int4`, torchao) will compute, operation by operation. The gradient of rounding is
-taken for 1 everywhere (straight-through, arXiv 1308.3432), also for the few values that are cut: ranges follow the values, so
-nothing lies outside by more than half a step, and a zero there would freeze the largest weight of many groups.
+taken for 1 everywhere (straight-through, arXiv 1308.3432), and not cut at the ends of a range: ranges follow the values, so that
+nothing lies outside by more than rounding, and a zero there would freeze the largest weight of a group. Scales are taken for constant.
 
 O outputs, I inputs, R rank of an adapter, N tokens.
 """

@@ -22,13 +22,18 @@ QDATA, SCALE, ZERO_POINT = PARTS = ("_weight_qdata", "_weight_scale", "_weight_z
 
 
 def group_scales(weight: Tensor, group_size: int) -> Tensor:
-    """The scale (O, G) of each group of (O, I): its largest magnitude is 7.5 steps."""
-    largest = weight.unflatten(-1, (-1, group_size)).abs().amax(-1)
-    return (largest / 7.5).clamp(min=torch.finfo(weight.dtype).smallest_normal)
+    """The scale (O, G) of each group of (O, I): the smallest with which neither -8 steps nor 7 are exceeded.
+
+    torchao calls it SYMMETRIC_NO_CLIPPING_ERR. In its SYMMETRIC the largest magnitude is 7.5 steps, between two levels, so that in
+    every group the last digit of a sum decides, and with it the layout.
+    """
+    low, high = torch.aminmax(weight.unflatten(-1, (-1, group_size)), dim=-1)
+    scales = torch.maximum(low.clamp(max=0) / LOWEST, high.clamp(min=0) / HIGHEST)
+    return scales.clamp_(min=torch.finfo(weight.dtype).smallest_normal)
 
 
 def quantize_groups(weight: Tensor, scales: Tensor) -> Tensor:
-    """The levels of (O, I), whole numbers from -8 to 7 in the weight's number type. Of 7.5 and 8 steps the positive one is cut to 7."""
+    """The levels of (O, I), whole numbers from -8 to 7 in the weight's number type."""
     groups = weight.unflatten(-1, (scales.shape[-1], -1))
     return (groups * (1.0 / scales)[..., None]).round_().clamp_(LOWEST, HIGHEST).flatten(-2)
 
@@ -69,7 +74,7 @@ class Int4Linear(nn.Linear):
     `weight` reads as the dense weight, made anew at each access.
     """
 
-    quantization = "int4"
+    scheme: Scheme
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: Scheme) -> Int4Linear:
@@ -77,14 +82,14 @@ class Int4Linear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features, layer.scheme = linear.in_features, linear.out_features, scheme
-        groups = linear.in_features // scheme.group_size
-        like = {"device": linear.weight.device, "dtype": torch.int8}
-        for name, shape, kind in (
-            (QDATA, linear.weight.shape, like),
-            (SCALE, (linear.out_features, groups), like | {"dtype": linear.weight.dtype}),
-            (ZERO_POINT, (linear.out_features, groups), like),
+        weight, groups = linear.weight, (linear.out_features, linear.in_features // scheme.group_size)
+        for name, shape, dtype in (
+            (QDATA, weight.shape, torch.int8),
+            (SCALE, groups, weight.dtype),
+            (ZERO_POINT, groups, torch.int8),
         ):
-            layer.register_parameter(name, nn.Parameter(torch.empty(shape, **kind), requires_grad=False))
+            empty = torch.empty(shape, dtype=dtype, device=weight.device)
+            layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         layer.register_parameter("bias", linear.bias)
         layer.train(linear.training)
         return layer

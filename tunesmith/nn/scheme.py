@@ -11,6 +11,17 @@ from tunesmith.errors import UserError
 INTEGER_TYPES = ("int8_dynamic_int4", "int4_weight_only")
 
 
+_SYMMETRIC = "SYMMETRIC_NO_CLIPPING_ERR"
+_READ_ALIKE = (
+    "weight_mapping_type",
+    "mapping_type",
+    "intx_choose_qparams_algorithm",
+    "weight_scale_dtype",
+    "scale_dtype",
+)
+"""Keys that tell how a weight was quantized, not how it is read."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """4-bit weights in groups, symmetric; with int8_dynamic_int4 every token's inputs in 8 bits, asymmetric, too."""
@@ -37,7 +48,7 @@ class Scheme:
             "intx_packing_format": {"_type": "IntxPackingFormat", "_data": "UNPACKED_TO_INT8"},
             "intx_choose_qparams_algorithm": {"_type": "IntxChooseQParamsAlgorithm", "_data": "AFFINE"},
         }
-        symmetric, asymmetric = ({"_type": "MappingType", "_data": name} for name in ("SYMMETRIC", "ASYMMETRIC"))
+        symmetric, asymmetric = ({"_type": "MappingType", "_data": name} for name in (_SYMMETRIC, "ASYMMETRIC"))
         if self.rounds_inputs:
             name = "Int8DynamicActivationIntxWeightConfig"
             data = {"weight_granularity": group, "weight_mapping_type": symmetric, "act_mapping_type": asymmetric}
@@ -66,7 +77,9 @@ class Scheme:
             group = data["weight_granularity" if kind == "int8_dynamic_int4" else "granularity"]["_data"]["group_size"]
             scheme = cls(kind, group)
             ours = scheme.to_config(())["quant_type"]["default"]["_data"]
-            if content["quant_method"] != "torchao" or any(data.get(key, ours[key]) != ours[key] for key in ours):
+            if content["quant_method"] != "torchao" or any(
+                data.get(key, ours[key]) != ours[key] for key in ours if key not in _READ_ALIKE
+            ):
                 raise KeyError
         except (KeyError, TypeError):
             method = content.get("quant_method") if isinstance(content, dict) else content

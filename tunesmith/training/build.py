@@ -25,7 +25,7 @@ from tunesmith.models.initialize import initialize
 from tunesmith.nn.fake_quantize import apply_fake_quantization, set_rounding
 from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
 from tunesmith.nn.quantize import quantize_linear_layers
-from tunesmith.nn.scheme import INTEGER_TYPES, Scheme
+from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
@@ -120,7 +120,7 @@ def construct_model(
     """The model of a run on the meta device, adapters on it, and the first row of its embedding that is new (None: none).
 
     It takes a moment and reads no weights, but needs all of them to fit: raises UserError where the device lacks the
-    number type or that of `qat`, the model is quantized, the tokenizer has more tokens than the embedding rows, `weights.target_modules` names no layer, or the
+    number type, the model is quantized, the tokenizer has more tokens than the embedding rows, `weights.target_modules` names no layer, or the
     adapter to go on from was made for another model.
     """
     if config.dtype == "bf16" and not supports_bf16(mesh.device):
@@ -143,11 +143,7 @@ def construct_model(
 
 
 def scheme_of(qat: QAT) -> Scheme:
-    """What the layers of a run compute with. Raises UserError for numbers that no device here can compute with once they are converted."""
-    if qat.type not in INTEGER_TYPES:
-        raise UserError(
-            f"`qat.type: {qat.type}` needs products of 8-bit floating-point numbers, which this device lacks: take int8_dynamic_int4"
-        )
+    """What the layers of a run compute with."""
     return Scheme(qat.type, qat.group_size)
 
 

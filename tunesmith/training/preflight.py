@@ -19,6 +19,7 @@ from tunesmith.configs.shared import TOO_EARLY
 from tunesmith.configs.stages import micro_batch_problems, stage_layers
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import fingerprint_folder, follow_latest, read_json, read_weight_map
+from tunesmith.nn.scheme import INTEGER_TYPES
 from tunesmith.remote import is_remote
 
 if TYPE_CHECKING:
@@ -318,7 +319,13 @@ def layout_problems(config: Any, shape: DecoderConfig) -> Iterator[str]:
 def group_problems(config: Any, family: Family, shape: DecoderConfig) -> Iterator[str]:
     """One sentence for the linear layers whose inputs `qat` can't cut into groups, or tensor parallelism would cut inside a group."""
     qat = config.qat
-    if qat is None or qat.type == "float8":
+    if qat is None:
+        return
+    if qat.type not in INTEGER_TYPES:
+        yield (
+            f"`qat.type: {qat.type}` needs a device that multiplies 8-bit floating-point numbers, to convert and check the model on, and "
+            f"none is supported yet: take {' or '.join(INTEGER_TYPES)}"
+        )
         return
     layers = family.linear_inputs(shape)
     uneven = [name for name, (inputs, _) in layers.items() if inputs % qat.group_size]
