@@ -61,7 +61,6 @@ LATER_RECIPES = {
 }
 
 LATER_OVERLAYS = {
-    "qat": "quantization-aware training (QAT)",
     "fp8": "fp8 training",
 }
 
