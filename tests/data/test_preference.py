@@ -169,7 +169,7 @@ def test_single_answers_are_no_pairs(tmp_path):
             open_preferences({"source": source, **options})
         assert str(caught.value) == (
             f"{source}:1: an answer with a label (the format unpaired) is half of no pair: "
-            "train on it with `loss.type: kto`, which takes answers one by one"
+            "train on it with `loss.type: kto` or `bco`, which take answers one by one"
         )
 
 

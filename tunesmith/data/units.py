@@ -72,7 +72,7 @@ def choose_units(row: Row, reading: Reading, place: str, units: Units) -> str:
         return name
     if not units.scored:
         raise UserError(
-            f"{place}: an answer with a label (the format unpaired) is half of no pair: train on it with `loss.type: kto`, which takes answers one by one"
+            f"{place}: an answer with a label (the format unpaired) is half of no pair: train on it with `loss.type: kto` or `bco`, which take answers one by one"
         )
     tasks = {name: task for task, one in REWARD_UNITS.items() for name in one.formats}
     own = next(task for task, one in REWARD_UNITS.items() if one is units)
