@@ -22,7 +22,7 @@ from tunesmith.nn.part import local_tensor, parameter_parts
 from tunesmith.parallel.mesh import start_mesh, stop_mesh
 from tunesmith.training.build import build_model, find_model
 from tunesmith.training.optim import build_optimizer
-from tunesmith.training.step import train_step, validation_loss
+from tunesmith.training.step import train_step, validation_means
 
 STEPS, ROWS = 4, 8
 MULTIPLE = [name for name in SCHEDULES if name not in ("GPipe", "1F1B")]
@@ -70,7 +70,7 @@ def train(words: list[str]):
         stats = train_step(model, optimizer, batches, loss_of, mesh, step)
         numbers += [stats.loss, stats.grad_norm]
         if step == 2:  # between training steps: one must not disturb the other
-            numbers.append(validation_loss(model, optimizer, [[batch] for batch in batches], loss_of, mesh))
+            numbers.append(validation_means(model, optimizer, [[batch] for batch in batches], loss_of, mesh)["loss"])
     numbers += probe_logits(model)[0, -1, :5].tolist()
     data.close()
     parts, after = parameter_parts(model), weights()

@@ -12,7 +12,7 @@ from tunesmith.errors import UserError
 from tunesmith.parallel.mesh import start_mesh
 from tunesmith.training.build import load_model
 from tunesmith.training.optim import build_optimizer
-from tunesmith.training.step import train_step, validation_loss
+from tunesmith.training.step import train_step, validation_means
 
 CPU = torch.device("cpu")
 
@@ -147,8 +147,8 @@ def test_validation_weights_every_token_the_same(tiny_model):
     model = load_model(tiny_model)
     optimizer = build_optimizer(model.requires_grad_(True), TrainSettings(dtype="fp32"), 1, start_mesh(CPU))
     mesh = start_mesh(CPU)
-    whole = validation_loss(model, optimizer, [micro_batches(8)], loss_fn, mesh)
-    assert validation_loss(model, optimizer, [[b] for b in micro_batches(3)], loss_fn, mesh) == pytest.approx(
+    whole = validation_means(model, optimizer, [micro_batches(8)], loss_fn, mesh)["loss"]
+    assert validation_means(model, optimizer, [[b] for b in micro_batches(3)], loss_fn, mesh)["loss"] == pytest.approx(
         whole, rel=1e-6
     )
 

@@ -41,13 +41,17 @@ RECIPES = {
         _recipe(
             "pretrain", "Pretrain", "Pre-training: next-token loss on plain text, from scratch or from a checkpoint."
         ),
+        _recipe(
+            "preference",
+            "Preference",
+            "Preference tuning: raise preferred answers over rejected ones (DPO and its kin).",
+        ),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
         _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
     )
 }
 
 LATER_RECIPES = {
-    "preference": "preference tuning (DPO and its kin)",
     "reward": "reward models",
     "distill": "knowledge distillation",
     "ppo": "PPO",
@@ -57,7 +61,6 @@ LATER_RECIPES = {
 }
 
 LATER_OVERLAYS = {
-    "qat": "quantization-aware training (QAT)",
     "fp8": "fp8 training",
 }
 

@@ -19,7 +19,7 @@ from tunesmith.nn.head import Head
 from tunesmith.training.build import build_model, find_model, max_sequence_length
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.run import start_run
-from tunesmith.training.step import train_step, validation_loss
+from tunesmith.training.step import train_step, validation_means
 
 
 def main(config: Pretrain) -> None:
@@ -46,7 +46,7 @@ def main(config: Pretrain) -> None:
             batches = run.next(data.step, step)
             run.log(step, train_step(model, optimizer, batches, next_token_loss, run.mesh, step))
             if held_out:
-                run.validate(step, lambda: validation_loss(model, optimizer, held_out, next_token_loss, run.mesh))
+                run.validate(step, lambda: validation_means(model, optimizer, held_out, next_token_loss, run.mesh))
             run.save_if_due(step)
 
         if not run.stopped:

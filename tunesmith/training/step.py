@@ -3,7 +3,9 @@
 A loss function takes (head, hidden, batch) and returns {term: (sum, unit)}: the sum of a term over a micro-batch, and
 the name of what it is divided by; `batch.counts[unit]` says how many of those the micro-batch holds. The counts are
 known before the first backward pass, so every micro-batch is divided by the count of the whole global batch, and the
-update does not depend on how that was cut.
+update does not depend on how that was cut. A `Metric` among them is averaged alike and logged, and is no part of the loss.
+
+What a loss needs of the batches beforehand, such as a reference's log-probabilities, `prepare` writes into their `extra`.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import contextlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +30,19 @@ from tunesmith.parallel.mesh import LOSS, Mesh
 from tunesmith.parallel.pipeline import forward, forward_backward, same_width
 from tunesmith.training.optim import Optimizer
 
-LossFunction = Callable[[Head, Tensor, Batch], dict[str, tuple[Tensor, str]]]
+Key = TypeVar("Key", bound=tuple)
+
+
+class Metric(NamedTuple):
+    """Something to log: its sum over a micro-batch, and the unit it is averaged over."""
+
+    sum: Tensor
+    unit: str
+
+
+LossFunction = Callable[[Head, Tensor, Batch], Mapping[str, tuple[Tensor, str]]]
+Prepare = Callable[[list[Batch]], None]
+"""Takes the micro-batches of a step as this rank sees them: on its device, and of shared rows its own tokens."""
 
 
 @dataclass
@@ -45,6 +60,7 @@ class StepStats:
     """Pairs (token, token it sees) over all layers: what attention costs."""
     skipped: bool = False
     terms: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -61,7 +77,13 @@ def global_counts(batches: Iterable[Batch], mesh: Mesh, windows: Iterable[int | 
 
 
 def train_step(
-    model: CausalLM, optimizer: Optimizer, batches: list[Batch], loss_fn: LossFunction, mesh: Mesh, step: int
+    model: CausalLM,
+    optimizer: Optimizer,
+    batches: list[Batch],
+    loss_fn: LossFunction,
+    mesh: Mesh,
+    step: int,
+    prepare: Prepare | None = None,
 ) -> StepStats:
     """Update `model` once on the mean of every loss term over the global batch.
 
@@ -70,19 +92,24 @@ def train_step(
     started = time.perf_counter()
     counts = global_counts(batches, mesh, model.config.layer_windows)
     lr = optimizer.set_step(step)
-    sums: dict[str, Tensor] = {}
+    sums: dict[tuple[str, bool], Tensor] = {}
 
     def mean_loss(hidden: Tensor, batch: Batch) -> Tensor:
-        terms = loss_fn(model.lm_head, hidden, batch)
-        means = {name: value / max(counts[unit], 1) for name, (value, unit) in terms.items()}
-        for name, value in means.items():
-            sums[name] = sums.get(name, 0.0) + value.detach()
-        return optimizer.scaled(torch.stack(list(means.values())).sum())
+        terms = []
+        for name, pair in loss_fn(model.lm_head, hidden, batch).items():
+            value, is_term = pair[0] / max(counts[pair[1]], 1), not isinstance(pair, Metric)
+            sums[name, is_term] = sums.get((name, is_term), 0.0) + value.detach()
+            if is_term:
+                terms.append(value)
+        return optimizer.scaled(torch.stack(terms).sum())
 
-    own = [own_tokens(model, batch, mesh).to(mesh.device) for batch in same_width(batches, mesh)]
+    own = own_batches(model, batches, mesh)
+    if prepare is not None:
+        prepare(own)
     forward_backward(model, own, mean_loss, lambda: _computing(optimizer, mesh))
-    totals = _sum_terms({name: float(value) for name, value in sums.items()}, mesh)
-    loss_value = sum(totals.values())
+    totals = _sum_over_ranks({key: float(value) for key, value in sums.items()}, mesh)
+    terms = {name: value for (name, is_term), value in totals.items() if is_term}
+    loss_value = sum(terms.values())
     grad_norm, applied = optimizer.step(finite_loss=math.isfinite(loss_value))
     if not applied and not optimizer.config.skip_nonfinite_steps and not optimizer.may_skip:
         raise UserError(
@@ -97,19 +124,25 @@ def train_step(
         num_trained=counts["tokens"],
         num_seen=counts["seen"],
         skipped=not applied,
-        terms=totals,
+        terms=terms,
+        metrics={name: value for (name, is_term), value in totals.items() if not is_term},
         seconds=time.perf_counter() - started,
     )
 
 
-def _sum_terms(sums: dict[str, float], mesh: Mesh) -> dict[str, float]:
-    """Of every term over all ranks; ranks that compute no loss (stages of a pipeline) learn the names."""
-    names = (
-        list(dict.fromkeys(name for own in mesh.ranks.gather(list(sums)) for name in own))
+def _sum_over_ranks(sums: Mapping[Key, float], mesh: Mesh) -> dict[Key, float]:
+    """Each over all ranks; ranks that compute no loss (stages of a pipeline) learn the keys."""
+    keys = (
+        list(dict.fromkeys(key for own in mesh.ranks.gather(list(sums)) for key in own))
         if mesh.size("pp") > 1
         else list(sums)
     )
-    return dict(zip(names, mesh.sum([sums.get(name, 0.0) for name in names], LOSS)))
+    return dict(zip(keys, mesh.sum([sums.get(key, 0.0) for key in keys], LOSS)))
+
+
+def own_batches(model: CausalLM, batches: Iterable[Batch], mesh: Mesh) -> list[Batch]:
+    """The micro-batches of a step as this rank takes them: on its device, all of one width where a pipeline asks for it."""
+    return [own_tokens(model, batch, mesh).to(mesh.device) for batch in same_width(list(batches), mesh)]
 
 
 def own_tokens(model: CausalLM, batch: Batch, mesh: Mesh) -> Batch:
@@ -137,29 +170,39 @@ def _advice(step: int) -> str:
 
 
 @torch.no_grad()
-def validation_loss(
-    model: CausalLM, optimizer: Optimizer, batches: Iterable[list[Batch]], loss_fn: LossFunction, mesh: Mesh
-) -> float:
-    """The mean loss over all `batches`, each unit weighted the same; the model is left in the mode it was in."""
+def validation_means(
+    model: CausalLM,
+    optimizer: Optimizer,
+    batches: Iterable[list[Batch]],
+    loss_fn: LossFunction,
+    mesh: Mesh,
+    prepare: Prepare | None = None,
+) -> dict[str, float]:
+    """The mean `loss` over all `batches`, its terms where there are several, and the metrics, each unit weighted the same.
+
+    The model is left in the mode it was in.
+    """
     was_training = model.training
     model.eval()
-    sums: dict[str, float] = defaultdict(float)
-    units: dict[str, str] = {}
+    sums: dict[tuple[str, str, bool], float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for micro_batches in batches:
         for batch in micro_batches:
             counts.update(batch.counts)
 
-        def loss_sums(hidden: Tensor, batch: Batch) -> None:
-            for name, (value, unit) in loss_fn(model.lm_head, hidden, batch).items():
-                sums[name] += float(value)
-                units[name] = unit
+        def add_sums(hidden: Tensor, batch: Batch) -> None:
+            for name, pair in loss_fn(model.lm_head, hidden, batch).items():
+                sums[name, pair[1], not isinstance(pair, Metric)] += float(pair[0])
 
-        own = [own_tokens(model, batch, mesh).to(mesh.device) for batch in micro_batches]
-        forward(model, own, loss_sums, optimizer.precision)
+        own = own_batches(model, micro_batches, mesh)
+        if prepare is not None:
+            prepare(own)
+        forward(model, own, add_sums, optimizer.precision)
     model.train(was_training)
-    units = dict(pair for own in mesh.ranks.gather(list(units.items())) for pair in own)
-    totals = _sum_terms(sums, mesh)
+    totals = _sum_over_ranks(sums, mesh)
     names = sorted(counts)
     over_all = dict(zip(names, mesh.sum([counts[name] for name in names])))
-    return sum(total / max(over_all[units[name]], 1) for name, total in totals.items())
+    means = {(name, is_term): total / max(over_all[unit], 1) for (name, unit, is_term), total in totals.items()}
+    terms = {name: mean for (name, is_term), mean in means.items() if is_term}
+    metrics = {name: mean for (name, is_term), mean in means.items() if not is_term}
+    return {"loss": sum(terms.values())} | (terms if len(terms) > 1 else {}) | metrics
