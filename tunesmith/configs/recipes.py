@@ -41,6 +41,7 @@ RECIPES = {
         _recipe(
             "pretrain", "Pretrain", "Pre-training: next-token loss on plain text, from scratch or from a checkpoint."
         ),
+        _recipe("distill", "Distill", "Distillation: learn from a larger model's distribution over every next token."),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
         _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
     )
@@ -49,7 +50,6 @@ RECIPES = {
 LATER_RECIPES = {
     "preference": "preference tuning (DPO and its kin)",
     "reward": "reward models",
-    "distill": "knowledge distillation",
     "ppo": "PPO",
     "grpo": "GRPO",
     "quantize": "quantization for inference",
