@@ -1,7 +1,6 @@
 """The distill recipe as a user runs it: the same numbers for every cut, layout and kind of weights, cached teachers, exact resume, refusals."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -160,3 +159,164 @@ def test_a_student_that_is_its_teacher_has_no_divergence_and_nothing_to_learn(tm
     assert all(
         row["kd_loss"] < 1e-7 and row["loss"] < 1e-7 and row["grad_norm"] < 1e-4 for row in steps if "loss" in row
     )
+
+
+# --- cached teachers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["one", *(pytest.param(one, marks=pytest.mark.slow) for one in LAYOUTS if one != "one" and "zbv" not in one)],
+)
+def test_all_likeliest_tokens_from_the_cache_are_the_teacher_itself(
+    layout, teachers, tmp_path, tiny_model, chat_file, monkeypatch
+):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    words = [*words_of(tiny_model, chat_file, teachers["tied"], packed=True), "batch_size=2", "batch_size_val=8"]
+    expected = train(words, tmp_path / "live")
+    assert_same(train([*words, "teacher.cache_top_k=1000"], tmp_path / "cached", layout), expected)
+    folders = list((tmp_path / "cache" / "teachers").iterdir())
+    assert len(folders) == 1 and not folders[0].name.startswith("."), "both sets of data are the same file"
+
+
+def test_the_cache_is_made_once_and_serves_other_runs_and_a_resume(
+    teachers, tmp_path, tiny_model, chat_file, monkeypatch
+):
+    """Also with other rows, order and size of steps; the teacher isn't even loaded."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    words = [*words_of(tiny_model, chat_file, teachers["padded"]), "teacher.cache_top_k=5", "batch_size=2"]
+    through = train(words, tmp_path / "through")
+    made = []
+    monkeypatch.setattr("tunesmith.training.teacher.build_frozen", lambda *arguments: made.append(arguments))
+    assert result_equals(train(words, tmp_path / "again"), through)
+    for steps in (1, 3):
+        found = train([*words, f"max_steps={steps}", "resume_from_checkpoint=true"], tmp_path / "stopped")
+    assert result_equals((found[0][-2:], found[1]), (through[0][-2:], through[1]))
+    train([*words, "dataset.packed=true", "seed=5", "max_steps=1", "global_batch_size=4"], tmp_path / "other")
+    assert not made
+    [folder] = (tmp_path / "cache" / "teachers").iterdir()
+    content = bytearray((folder / "ids").read_bytes())
+    content[3] ^= 1
+    (folder / "ids").write_bytes(content)
+    monkeypatch.undo()
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    assert result_equals(train(words, tmp_path / "mended"), through)
+
+
+def result_equals(found, expected):
+    same = found[1].keys() == expected[1].keys() and all(
+        torch.equal(found[1][name], t) for name, t in expected[1].items()
+    )
+    return same and found[0] == expected[0]
+
+
+# --- stops and refusals -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["one", pytest.param("dp2", marks=pytest.mark.slow)])
+def test_stop_and_resume_equals_never_stopped(layout, teachers, tmp_path, tiny_model, chat_file):
+    words = words_of(tiny_model, chat_file, teachers["tied"], "lora", True)
+    words += ["batch_size=2", "optimizer.type=adamw", "weights.dropout=0.1", "run_val_every_n_steps=1"]
+    through = train([*words, "max_steps=4"], tmp_path / "through", layout)
+    for steps in (2, 4):
+        found = train([*words, f"max_steps={steps}", "resume_from_checkpoint=true"], tmp_path / "run", layout)
+    assert result_equals(found, through)
+
+
+def test_a_resume_keeps_its_teacher(teachers, tmp_path, tiny_model, chat_file):
+    words = [
+        *words_of(tiny_model, chat_file, teachers["plain"]),
+        "max_steps=1",
+        f"output_dir={tmp_path / 'run'}",
+        "batch_size=8",
+    ]
+    run(load_config(*words))
+    words = [word for word in words if not word.startswith("teacher")] + [
+        f"teacher.model={teachers['padded']}",
+        "max_steps=2",
+    ]
+    with pytest.raises(UserError, match="the teacher changed"):
+        run(load_config(*words, "resume_from_checkpoint=true"))
+
+
+def other_tokens(folder: Path, like: Path, change) -> Path:
+    folder = make_model(folder, like)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    change(tokenizer)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def swap(tokenizer):
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["!"], vocabulary["A"] = vocabulary["A"], vocabulary["!"]
+
+
+def rename(tokenizer):
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["\u00e9\u00e9"] = vocabulary.pop("A")
+
+
+REFUSED = {
+    "another order": (lambda folder, like: other_tokens(folder, like, swap), "has another vocabulary .* is token"),
+    "other words": (lambda folder, like: other_tokens(folder, like, rename), "has another vocabulary"),
+    "fewer rows": (
+        lambda folder, like: make_model(folder, like, vocabulary=290),
+        "token 31[0-9] lies behind the 290 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_teacher_of_other_tokens_is_refused(kind, tmp_path, tiny_model, chat_file):
+    from tunesmith.training.preflight import check
+
+    make, sentence = REFUSED[kind]
+    config = load_config(
+        *words_of(tiny_model, chat_file, make(tmp_path / "teacher", tiny_model)), f"output_dir={tmp_path / 'run'}"
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        check(config)
+
+
+def test_without_tokens_to_compare_the_sizes_must_agree(teachers, tmp_path, tiny_model, chat_file):
+    for name, vocabulary in (("same", 320), ("other", 328)):
+        folder = make_model(tmp_path / name, tiny_model, vocabulary=vocabulary)
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    words = [word for word in words_of(tiny_model, chat_file, "x") if not word.startswith("teacher")] + ["max_steps=1"]
+    with pytest.raises(UserError, match="embeddings have 320 and 328 rows"):
+        run(load_config(*words, f"teacher.model={tmp_path / 'other'}", f"output_dir={tmp_path / 'a'}"))
+    run(load_config(*words, f"teacher.model={tmp_path / 'same'}", f"output_dir={tmp_path / 'b'}"))
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["teacher.cache_top_k=8", "dataset.streaming=true"], "`teacher.cache_top_k` can't be combined with `dataset.streaming"),
+        (["teacher.cache_top_k=0"], "in `teacher`, `cache_top_k` must be at least 1"),
+        (["kd_ratio=1.5"], "`kd_ratio` must be between 0 and 1"),
+        (["divergence.type=jsd", "divergence.beta=1.0"], "its ends are `type: forward_kl` and `type: reverse_kl`"),
+        (["divergence.temperature=0.0"], "in `divergence`, `temperature` must be above 0"),
+        (["divergence.type=wasserstein"], "wasserstein"),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_sense(more, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config("distill", "model=x", "teacher.model=y", "dataset.source=z", *more)
+
+
+def test_what_is_wrong_with_a_teacher_is_told_before_anything_is_loaded(tmp_path, tiny_model, chat_file):
+    from tunesmith.training.preflight import check
+
+    for name, sentence in (
+        (tmp_path / "none", "there is no folder"),
+        (chat_file, "is a file"),
+        (tmp_path, "no config.json"),
+    ):
+        with pytest.raises(ConfigError, match=f"(teacher.model.*)?{sentence}"):
+            check(load_config(*words_of(tiny_model, chat_file, name), f"output_dir={tmp_path / 'run'}"))
+    teacher = make_model(tmp_path / "teacher", tiny_model, layers=3)
+    words = [*words_of(tiny_model, chat_file, teacher), f"output_dir={tmp_path / 'run'}", "tensor_parallel_dim=4"]
+    with pytest.raises(ConfigError, match="`teacher.model`: `tensor_parallel_dim: 4` does not divide"):
+        check(load_config(*words), processes=4)

@@ -99,3 +99,11 @@ class Distill(TrainSettings):
     def problems(self):
         yield from super().problems()
         yield from outside(0, 1, self, "kd_ratio")
+        for option in ("dataset", "dataset_val"):
+            sections = getattr(self, option)
+            sections = sections if isinstance(sections, list) else [sections] if sections else []
+            if getattr(self.teacher, "cache_top_k", None) and any(getattr(one, "streaming", False) for one in sections):
+                yield (
+                    f"`teacher.cache_top_k` can't be combined with `{option}.streaming: true`: what is kept is found by a token's place in "
+                    "the data, which a stream doesn't know beforehand; leave one of them out"
+                )

@@ -128,6 +128,14 @@ class Head(nn.Module):
         """
         return self(hidden, "_sums", labels, loss, chunk_size)
 
+    def precise_logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V) as losses take them: in float32 before the soft cap. Not to be differentiated."""
+        return self(hidden, "_precise_logits")
+
+    def _precise_logits(self, hidden: Tensor) -> Tensor:
+        logits = _squeeze(self.project(hidden).float(), self.softcap)
+        return logits if self.shard is None else self.shard.gather(logits, self.vocab_size)
+
     def logits_beside(self, other: Head, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, C) in float32: of the rows that `other` holds here those that both heads have, which are its first C."""
         logits = _squeeze(self.project(hidden).float(), self.softcap)

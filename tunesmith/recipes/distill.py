@@ -21,11 +21,11 @@ from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.generation.samples import write_samples
 from tunesmith.losses.distillation import Distillation
 from tunesmith.nn.head import Head, with_label
-from tunesmith.training.build import build_frozen, build_model, find_model, max_sequence_length
+from tunesmith.training.build import build_model, find_model, max_sequence_length
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.run import start_run
 from tunesmith.training.step import Metric, train_step, validation_means
-from tunesmith.training.teacher import LiveTeacher, build_divergence, check_teacher
+from tunesmith.training.teacher import build_divergence, check_teacher, open_teachers, shared_tokens
 
 
 def main(config: Distill) -> None:
@@ -47,17 +47,17 @@ def main(config: Distill) -> None:
         source, teacher_source = find_model(config.model), find_model(config.teacher.model)
         tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, source.family.chat_templates)
         check_teacher(config, source, tokenizer, teacher_source)
-        run.check_fit(source, tokenizer, beside=teacher_source)
+        computes_along, shared = config.teacher.cache_top_k is None, shared_tokens(source, teacher_source, tokenizer)
+        run.check_fit(source, tokenizer, beside=teacher_source if computes_along else None)
         length = max_sequence_length(config, source)
-        data = chat_batches(config, tokenizer, run.mesh, max_seq_len=length)
-        held_out = validation_batches(config, tokenizer, run.mesh, max_seq_len=length)
+        data = chat_batches(config, tokenizer, run.mesh, max_seq_len=length, with_index=not computes_along)
+        held_out = validation_batches(config, tokenizer, run.mesh, max_seq_len=length, with_index=not computes_along)
         run.note(str(data.report))
 
+        teacher, examiner = open_teachers(config, teacher_source, tokenizer, run.mesh, length, shared, run.note)
         model = build_model(config, source, tokenizer, run.mesh, run.resume_from)
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
-        frozen = build_frozen(config, teacher_source, tokenizer, run.mesh, config.teacher.quantize)
-        teacher = LiveTeacher(frozen, optimizer.precision)
-        divergence, shared = build_divergence(config.divergence), min(model.config.vocab_size, frozen.config.vocab_size)
+        divergence = build_divergence(config.divergence)
         run.keep(model, tokenizer, optimizer, data, source, teacher=teacher_source.fingerprint)
         if not run.resume_from:
             write_samples(run.folder, 0, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
@@ -68,7 +68,7 @@ def main(config: Distill) -> None:
             if held_out:
                 run.validate(
                     step,
-                    lambda: validation_means(model, optimizer, held_out, guided_loss, run.mesh, teacher.prepare),
+                    lambda: validation_means(model, optimizer, held_out, guided_loss, run.mesh, examiner.prepare),
                 )
             run.save_if_due(step)
 

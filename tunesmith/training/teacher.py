@@ -5,9 +5,9 @@ B batch, T tokens, D hidden size of the teacher, V its vocabulary, N positions w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,17 +16,19 @@ from tunesmith.configs import distill
 from tunesmith.data.batch import Batch
 from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.errors import UserError
-from tunesmith.losses.distillation import Guide
+from tunesmith.losses.distillation import Guide, TopK
 from tunesmith.losses.divergence import Divergence, forward_kl, jensen_shannon, reverse_kl, symmetric_kl
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.head import Head, with_label
 from tunesmith.nn.part import unsharded
+from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.pipeline import forward
-from tunesmith.training.build import Source
+from tunesmith.training.build import Source, build_frozen
 from tunesmith.training.preflight import frozen_layout_problems
+from tunesmith.training.top_k import INDEX, Note, TopKStore, every_row, open_store
 from tunesmith.training.vocabulary import Vocabulary, vocabulary_problem
 
-_HIDDEN = "teacher_hidden"
+_HIDDEN, _IDS, _LOG_PROBS = "teacher_hidden", "teacher_ids", "teacher_log_probs"
 
 
 class Teacher(Protocol):
@@ -44,8 +46,8 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A teacher that computes along: the whole model for all micro-batches of a step at once, its head when the loss asks."""
 
-    def __init__(self, model: CausalLM, precision: Callable[[], AbstractContextManager[Any]]):
-        self.model, self.precision = model, precision
+    def __init__(self, model: CausalLM):
+        self.model = model
 
     @torch.no_grad()
     def prepare(self, batches: list[Batch]) -> None:
@@ -54,7 +56,7 @@ class LiveTeacher:
         def keep(hidden: Tensor, batch: Batch) -> None:
             batch.extra[_HIDDEN] = with_label(hidden, batch.labels)
 
-        forward(self.model, batches, keep, self.precision)
+        forward(self.model, batches, keep, nullcontext)
 
     @contextmanager
     def guide(self, batch: Batch) -> Iterator[Guide]:
@@ -68,6 +70,52 @@ class LiveTeacher:
             yield logits
 
 
+class CachedTeacher:
+    """A teacher that has spoken already: its likeliest tokens are read from the cache."""
+
+    def __init__(self, store: TopKStore):
+        self.store = store
+
+    def prepare(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            places = with_label(batch.extra[INDEX], batch.labels)
+            ids, log_probs = self.store.read(places.cpu().numpy())
+            for name, values in ((_IDS, ids), (_LOG_PROBS, log_probs)):
+                batch.extra[name] = torch.from_numpy(values).to(batch.labels.device)
+
+    @contextmanager
+    def guide(self, batch: Batch) -> Iterator[Guide]:
+        ids, log_probs = batch.extra[_IDS], batch.extra[_LOG_PROBS]
+        yield lambda _, which: TopK(ids[which].long(), log_probs[which])
+
+
+def open_teachers(
+    config: distill.Distill, source: Source, tokenizer: Tokenizer, mesh: Mesh, length: int, shared: int, note: Note
+) -> tuple[Teacher, Teacher]:
+    """What guides training, and what guides validation; where the cache does, the teacher itself is loaded only to fill it.
+
+    length: longest row in tokens. shared: tokens that teacher and student both have.
+    """
+    loaded: list[CausalLM] = []
+
+    def load() -> CausalLM:
+        if not loaded:
+            loaded.append(build_frozen(config, source, tokenizer, mesh, config.teacher.quantize))
+        return loaded[0]
+
+    if config.teacher.cache_top_k is None:
+        live = LiveTeacher(load())
+        return live, live
+
+    def cached(option: str) -> Teacher:
+        data = every_row(config, option, tokenizer, mesh, length)
+        key = [source.fingerprint, config.teacher.quantize, config.dtype, config.divergence.temperature, shared, length]
+        return CachedTeacher(open_store(key, config, data, load, mesh, shared, note))
+
+    training = cached("dataset")
+    return training, training if config.dataset_val is None else cached("dataset_val")
+
+
 def check_teacher(config: distill.Distill, student: Source, tokenizer: Tokenizer, teacher: Source) -> None:
     """Before anything is loaded: raise UserError where the layout can't cut the teacher, or it has other tokens than the student."""
     shape = teacher.family.read_config(teacher.hf_config)
@@ -77,6 +125,12 @@ def check_teacher(config: distill.Distill, student: Source, tokenizer: Tokenizer
         problems.append(problem)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def shared_tokens(student: Source, teacher: Source, tokenizer: Tokenizer) -> int:
+    """How many tokens both have: the first rows of both embeddings, which grow with the tokenizer."""
+    rows = (source.family.read_config(source.hf_config).vocab_size for source in (student, teacher))
+    return min(max(count, tokenizer.vocab_size) for count in rows)
 
 
 def _vocabulary(source: Source, tokenizer: Tokenizer | None = None) -> Vocabulary:
