@@ -1,6 +1,7 @@
 """The distill recipe as a user runs it: the same numbers for every cut, layout and kind of weights, cached teachers, exact resume, refusals."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -79,12 +80,19 @@ def run_recipe(words, folder):
     return 0
 
 
+def run_on_a_rank(words, folder, cache):
+    os.environ["TUNESMITH_CACHE"] = cache  # ranks have the environment of the first test that started some
+    return run_recipe(words, folder)
+
+
 def train(words, folder, layout="one"):
     processes, more = LAYOUTS[layout]
+    words = [*words, *more]
     if processes == 1:
-        assert run_recipe([*words, *more], folder) == 0
+        assert run_recipe(words, folder) == 0
     else:
-        assert run_distributed(run_recipe, processes, [*words, *more], folder) == [0] * processes
+        codes = run_distributed(run_on_a_rank, processes, words, folder, os.environ["TUNESMITH_CACHE"])
+        assert codes == [0] * processes
     return result(folder)
 
 
@@ -261,8 +269,8 @@ REFUSED = {
     "another order": (lambda folder, like: other_tokens(folder, like, swap), "has another vocabulary .* is token"),
     "other words": (lambda folder, like: other_tokens(folder, like, rename), "has another vocabulary"),
     "fewer rows": (
-        lambda folder, like: make_model(folder, like, vocabulary=290),
-        "token 31[0-9] lies behind the 290 rows",
+        lambda folder, like: make_model(folder, like, vocabulary=200),
+        "token [0-9]+ lies behind the 200 rows",
     ),
 }
 
