@@ -271,7 +271,7 @@ def test_a_resume_before_and_after_the_delayed_start_changes_no_bit(tmp_path, ti
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_compiled_layers_begin_to_round_too(tmp_path, standing, weights):
     words, one = standing
