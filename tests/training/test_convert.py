@@ -60,3 +60,25 @@ def test_a_family_tells_the_inputs_of_its_linear_layers(tmp_path, case):
         name: module.in_features for name, module in layers.items() if ".0." in name
     }
     assert {name.rpartition(".")[2] for name, (_, is_cut) in told.items() if is_cut} == {"o_proj", "down_proj"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", INTEGER_TYPES)
+def test_we_read_what_transformers_wrote(tmp_path, kind):
+    """With torchao's own defaults, which map weights to levels in another way."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    transformers, torchao = pytest.importorskip("transformers"), pytest.importorskip("torchao.quantization")
+    make_reference("llama").save_pretrained(tmp_path / "model")
+    group = torchao.PerGroup(32)
+    if kind == "int4_weight_only":
+        config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
+    else:
+        config = torchao.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=group)
+    how = transformers.TorchAoConfig(config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=how)
+    theirs.save_pretrained(tmp_path / "quantized")
+    ours = tunesmith.load_model(tmp_path / "quantized")
+    assert sum(isinstance(module, Int4Linear) for module in ours.modules()) == 14
+    with torch.no_grad():
+        found, expected = ours.logits(random_ids()), theirs(random_ids()).logits
+    assert (found - expected).norm() < 1e-2 * expected.norm()
