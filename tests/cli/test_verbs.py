@@ -68,7 +68,8 @@ def test_ls_of_a_recipe(capsys):
     assert tune(capsys, "ls", "lora_finetune_single_device")[1].startswith(
         "torchtune's lora_finetune_single_device is the recipe sft here"
     )
-    assert "QAT" in tune(capsys, "ls", "qat_distributed")[2] and tune(capsys, "ls", "qat_single_device")[0] == 2
+    assert tune(capsys, "ls", "qat_distributed")[1].startswith("torchtune's qat_distributed is the recipe sft here")
+    assert "KD" in tune(capsys, "ls", "knowledge_distillation_distributed")[2]
     assert "did you mean `sft`?" in tune(capsys, "ls", "sfft")[2]
 
 

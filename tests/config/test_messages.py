@@ -95,7 +95,7 @@ CASES: dict[str, tuple[dict[str, str | bytes], list[str]]] = {
         ["generate", "model=m", "top_p=2", "temperature=-1", "max_new_tokens=0", "prompt={usr: hi}"],
     ),
     "overlay_of_another_recipe": ({}, ["generate", "model=m", "+lora"]),
-    "not_there_yet": ({}, ["sft", *NEEDED, "+qat"]),
+    "not_there_yet": ({}, ["sft", *NEEDED, "+fp8"]),
     "recipe_not_there_yet": ({}, ["grpo", "model=m"]),
     "unknown_recipe": ({}, ["stf", "model=m"]),
     "duplicate_keys": (

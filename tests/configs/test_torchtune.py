@@ -8,6 +8,7 @@ import pytest
 from tunesmith.config import load, load_config
 from tunesmith.configs import torchtune, torchtune_names
 from tunesmith.configs.shared import (
+    QAT,
     SGD,
     AdamW,
     Constant,
@@ -103,9 +104,6 @@ def test_readme_with_every_memory_option():
         ),
         ("lora_dpo_single_device --config llama3_1/8B_dpo_single_device", "DPO"),
         ("full_dpo_distributed --config llama3_1/8B_full_dpo", "DPO"),
-        ("qat_distributed --config llama3_1/8B_qat_lora", "QAT"),
-        ("qat_single_device --config qwen2/1.5B_qat_single_device", "QAT"),
-        ("qat_lora_finetune_distributed --config llama3/8B_qat_lora", "QAT"),
         ("ppo_full_finetune_single_device --config mistral/7B_full_ppo_low_memory", "PPO"),
         ("dev/grpo_full_finetune_distributed --config dev/3B_full_grpo", "GRPO"),
         ("dev/async_grpo_full_finetune_distributed --config dev/qwen3B_async_grpo", "GRPO"),
@@ -119,6 +117,35 @@ def test_methods_that_are_not_there_answer_with_one_sentence(command, method):
     with pytest.raises(UserError) as raised:
         resolve(command)
     assert method in str(raised.value) and "not there yet" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "weights", "qat"),
+    [
+        ("qat_distributed --config llama3_1/8B_qat_full", "full", QAT(group_size=256, fake_quant_after_n_steps=1000)),
+        ("qat_distributed --config llama3_1/8B_qat_lora", "lora", QAT(group_size=256)),
+        ("qat_lora_finetune_distributed --config llama3/8B_qat_lora", "lora", QAT(group_size=256)),
+        (
+            "qat_single_device --config qwen2/1.5B_qat_single_device fake_quant_after_n_steps=20 quantizer.groupsize=64",
+            "full",
+            QAT(group_size=64, fake_quant_after_n_steps=20),
+        ),
+        (
+            "qat_distributed --config llama3/8B_qat_full quantizer._component_=torchtune.training.quantization.Int4WeightOnlyQATQuantizer",
+            "full",
+            QAT(type="int4_weight_only", group_size=256, fake_quant_after_n_steps=1000),
+        ),
+        ("qat_distributed model=m dataset.source=d", "full", QAT()),
+        ("qat_lora_finetune_distributed model=m dataset.source=d qat.group_size=64", "lora", QAT(group_size=64)),
+        ("full_finetune_distributed --config llama3/8B_full quantizer=null", "full", None),
+    ],
+)
+def test_quantization_aware_training(command, weights, qat):
+    recipe, config = resolve(command)
+    assert (recipe, config.weights.type, config.qat, config.optimizer_in_bwd) == ("sft", weights, qat, False)
+    assert (
+        config.weights == LoRAWeights(rank=8, target_modules=TARGETS) or weights == "full" or "--config" not in command
+    )
 
 
 def test_keys_and_components():
@@ -322,10 +349,8 @@ def test_our_own_file_under_torchtunes_recipe_name(tmp_path):
 def test_every_config_name(name):
     config = load_config(name)
     if name != "generation":
-        assert (
-            config.model
-            == torchtune_names.MODELS[name.partition("_full")[0].partition("_lora")[0].partition("_qlora")[0]]
-        )
+        model, slash, rest = name.partition("/")
+        assert config.model == torchtune_names.MODELS[model + slash + rest.partition("_")[0]]
 
 
 def test_names_of_models_are_the_same_as_the_families():

@@ -251,6 +251,19 @@ def test_under_autocast_it_rounds_in_the_number_type_of_the_computation():
     assert gradient.dtype == torch.float32 and math.isfinite(gradient.sum())
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_under_autocast_adapters_are_merged_in_float32(torchao, use_dora):
+    model, x = with_adapter(use_dora), torch.randn(3, 64)
+    deployed = copy.deepcopy(model)
+    merge_lora(deployed)
+    deployed.to(torch.bfloat16)
+    apply_fake_quantization(model, Scheme("int8_dynamic_int4"))
+    torchao.quantize_(deployed, config_of(model[0].scheme))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    torch.testing.assert_close(found, deployed(x.to(torch.bfloat16)))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("use_dora", [None, False, True], ids=["full", "lora", "dora"])

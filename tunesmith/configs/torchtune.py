@@ -67,12 +67,12 @@ def translate(
         problems.append(Problem(tree.place, f"this config is for {method}, a method that is not there yet"))
         return nothing
     tree = Interpolation(tree, _no_default, problems, strict=False).run()
-    alone = ours == "sft" and not configs and not files and SFT_RECIPES.get(bare(recipe or "")) == "lora"
+    alone = ours == "sft" and not configs and not files
     out = _Translation(
         tree, problems, from_config=bool(configs) or bool(tree.value.get("checkpointer")), recipe=ours
     ).run()
-    if alone:
-        overlay = layers.read_file(overlay_path("lora"), 0, problems, shipped=True)
+    for name in SFT_RECIPES.get(bare(recipe or ""), "full").split() if alone else ():
+        overlay = layers.read_file(overlay_path(name), 0, problems, shipped=True) if name != "full" else None
         out = layers.merge(overlay, out, problems) if overlay else out
     return Translated(ours, _part(out, shipped=True), _part(out, shipped=False))
 
@@ -98,12 +98,6 @@ def _method_of_file(tree: Node) -> str | None:
         "grpo_samples": "GRPO",
         "tasks": "evaluation",
     }
-    if (
-        (quantizer := tree.value.get("quantizer")) is not None
-        and quantizer.value is not None
-        and "dataset" in tree.value
-    ):
-        return "quantization-aware training (QAT)"
     return next((method for key, method in signs.items() if key in tree.value), None)
 
 
@@ -134,6 +128,7 @@ def _component(keys: list[str], node: Node) -> Node:
         "checkpointer",
         "metric_logger",
         "profiler",
+        "quantizer",
     )
     if len(keys) == 1 and keys[0] in sections and isinstance(value, str) and "/" not in value:
         if value.startswith("torchtune.") or keys[0] == "optimizer" and "." in value:
@@ -149,9 +144,7 @@ HARMLESS: dict[str, tuple] = {
     "fp8_recipe_name": (None, "tensorwise"),
     "tensor_parallel_plan": (None,),
     "context_parallel_rotate_method": ("allgather", None),
-    "quantizer": (None,),
     "enable_kv_cache": (True, None),
-    "fake_quant_after_n_steps": (None,),
     "collate_fn": ("torchtune.data.padded_collate_sft", "torchtune.data.padded_collate", None),
 }
 """{key: values that ask for nothing we do otherwise}; any other value is a problem."""
@@ -219,6 +212,12 @@ METRIC_LOGGERS = {
     "CometLogger": "comet",
     "MLFlowLogger": "mlflow",
 }
+
+QUANTIZERS = {
+    "Int8DynActInt4WeightQATQuantizer": ("int8_dynamic_int4", 256),
+    "Int4WeightOnlyQATQuantizer": ("int4_weight_only", 256),
+}
+"""{torchtune's quantizer of a training recipe: (`qat.type`, its own group size)}."""
 
 ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
 
@@ -513,6 +512,29 @@ class _Translation:
         if isinstance(node.value, dict):  # {model, loss, optimizer_step, …}
             node = node.value.get("model", Node(True, node.place))
         self.put("compile", node)
+
+    def _quantizer(self, node: Node) -> None:
+        named, dotted, entries = self.component(node)
+        kind = dotted.rpartition(".")[2]
+        if node.value is None:
+            return
+        if named is None or kind not in QUANTIZERS or self.recipe != "sft":
+            self.report(
+                named or node, f"torchtune's `quantizer` {dotted or node.plain()} has no counterpart here; leave it out"
+            )
+            return
+        ours, size = QUANTIZERS[kind]
+        self.put("qat.type", Node(ours, named.place))
+        self.put("qat.group_size", Node(size, named.place))
+        for key, child in entries.items():
+            if key == "groupsize":
+                self.put("qat.group_size", child)
+            else:
+                self.report(child, f"torchtune's `quantizer.{key}` has no counterpart here; leave it out")
+
+    def _fake_quant_after_n_steps(self, node: Node) -> None:
+        if node.value is not None:
+            self.put("qat.fake_quant_after_n_steps", node)
 
     def _cudnn_deterministic_mode(self, node: Node) -> None:
         self.put("deterministic", Node(bool(node.value), node.place))

@@ -60,8 +60,11 @@ SFT_RECIPES = {
     "lora_finetune_single_device": "lora",
     "lora_finetune_distributed": "lora",
     "lora_finetune_distributed_multi_dataset": "lora",
+    "qat_single_device": "qat",
+    "qat_distributed": "qat",
+    "qat_lora_finetune_distributed": "qat lora",
 }
-"""{recipe: which weights it trains}."""
+"""{recipe: which weights it trains, or the overlays of ours that say so}."""
 
 METHODS_NOT_THERE = {
     "async_grpo": "GRPO",
@@ -71,7 +74,6 @@ METHODS_NOT_THERE = {
     "knowledge_distillation": "knowledge distillation (KD)",
     "_KD_": "knowledge distillation (KD)",
     "_to_": "knowledge distillation (KD)",
-    "qat": "quantization-aware training (QAT)",
     "early_exit": "early-exit training (LayerSkip)",
     "eval": "evaluation",
     "quantiz": "quantization for inference",
@@ -80,12 +82,12 @@ METHODS_NOT_THERE = {
 
 GENERATE_RECIPES = ("generate_v2", "generate_v2_distributed")
 OTHER_RECIPES = (
-    "qat_single_device qat_distributed qat_lora_finetune_distributed knowledge_distillation_single_device knowledge_distillation_distributed "
+    "knowledge_distillation_single_device knowledge_distillation_distributed "
     "lora_dpo_single_device lora_dpo_distributed full_dpo_single_device full_dpo_distributed ppo_full_finetune_single_device "
     "grpo_full_finetune_distributed async_grpo_full_finetune_distributed eleuther_eval early_exit_finetune_distributed"
 ).split()
 
-_CONFIG = r"(?P<size>[^_].*?)_(?P<update>full_low_memory|full|lora|qlora|dora|qdora)(?P<scale>_single_device|_distributed|_multinode)?"
+_CONFIG = r"(?P<size>[^_].*?)_(?P<update>full_low_memory|full|lora|qlora|dora|qdora|qat_full|qat_lora|qat)(?P<scale>_single_device|_distributed|_multinode)?"
 
 
 def recipe_names() -> list[str]:
@@ -94,7 +96,7 @@ def recipe_names() -> list[str]:
 
 def config_names() -> list[str]:
     """The names of configs for methods that are there."""
-    updates = ("full", "full_single_device", "lora", "lora_single_device", "qlora", "qlora_single_device")
+    updates = "full full_single_device lora lora_single_device qlora qlora_single_device qat_full qat_lora".split()
     return [f"{model}_{update}" for model in MODELS for update in updates] + ["generation"]
 
 
@@ -190,15 +192,20 @@ def _sft_settings(model: str, update: str, scale: str) -> dict[str, Any]:
         }
         settings["model"] |= adapters | {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0}
         settings["model"] |= {"use_dora": True} if "dora" in update else {}
-        settings["model"] |= {"quantize_base": True} if update.startswith("q") else {}
+        settings["model"] |= {"quantize_base": True} if update in ("qlora", "qdora") else {}
         settings["optimizer"] |= {"lr": 3e-4, "weight_decay": 0.01}
         schedule = "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
         settings |= {
             "lr_scheduler": {"_component_": schedule, "num_warmup_steps": 100},
             "gradient_accumulation_steps": 8,
         }
+    elif update.startswith("qat"):
+        settings["fake_quant_after_n_steps"] = 1000
     elif update == "full_low_memory" or scale == "_single_device":
         settings["optimizer_in_bwd"] = True
+    if update.startswith("qat"):
+        quantizer = "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer"
+        settings["quantizer"] = {"_component_": quantizer, "groupsize": 256}
     return settings
 
 

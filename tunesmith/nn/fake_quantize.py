@@ -25,7 +25,8 @@ def merged(weight: Tensor, A: Tensor | None, B: Tensor | None, ratio: Tensor | N
     """W + s B A (O, I), its rows times `ratio` (O,), in float32 and rounded once, as a merged adapter is saved; W where there is none."""
     if A is None or B is None:
         return weight
-    dense = torch.addmm(weight.float(), B.float(), A.float(), alpha=scaling)
+    with torch.autocast(weight.device.type, enabled=False):
+        dense = torch.addmm(weight.float(), B.float(), A.float(), alpha=scaling)
     return (dense if ratio is None else dense.mul_(ratio.float()[:, None])).to(weight.dtype)
 
 
@@ -51,13 +52,15 @@ class _RoundedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dense = merged(weight, A, B, ratio, ctx.scaling).to(x.dtype)
             of_x = gradient @ round_weight(dense, ctx.group_size)
-        rounded = (x if scale is None else round_tokens(x, scale, zero_point)).flatten(0, -2)
         rows = gradient.flatten(0, -2)
         if ctx.needs_input_grad[3]:
             of_bias = rows.sum(0)
-        if ctx.needs_input_grad[4]:
+        if not any(ctx.needs_input_grad[4:]):
+            return of_x, None, None, of_bias, None, None, None, None, None, None
+        rounded = (x if scale is None else round_tokens(x, scale, zero_point)).flatten(0, -2)
+        if A is None:
             of_weight = (rows.t() @ rounded).to(weight.dtype)
-        if A is not None:
+        else:
             low_A, low_B = A.to(x.dtype), B.to(x.dtype)
             narrow = rounded @ low_A.t()  # (N, R)
             if ratio is not None:
@@ -125,7 +128,8 @@ class FakeQuantizedLoRALinear(FakeQuantizedLayer, LoRALinear):
         if not (self.rounds and self.adapter_enabled):
             output = LoRALayer.project(self, x)
             return output if bias is None else output + bias
-        ratio = None if self.lora_magnitude is None else self.lora_magnitude / self.row_norms()
+        with torch.autocast(x.device.type, enabled=False):
+            ratio = None if self.lora_magnitude is None else self.lora_magnitude / self.row_norms()
         return self.rounded_product(x, bias, self.weight, self.lora_A, self.lora_B, ratio, self.lora.scaling)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ class Run:
         """Before a step of quantization-aware training: whether it computes with rounded numbers depends on its number alone."""
         qat = self.config.qat
         if qat and set_rounding(self._model, step > qat.fake_quant_after_n_steps) and qat.fake_quant_after_n_steps:
-            self.note(f"from step {qat.fake_quant_after_n_steps + 1} on, numbers are rounded ({qat.type})")
+            anew = ", for which layers compile anew" if self.config.compile else ""
+            self.note(f"from step {qat.fake_quant_after_n_steps + 1} on, numbers are rounded ({qat.type}){anew}")
 
     def _ask_to_stop(self, number: int) -> None:
         self._signal = number
