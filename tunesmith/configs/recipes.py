@@ -46,6 +46,7 @@ RECIPES = {
             "Preference",
             "Preference tuning: raise preferred answers over rejected ones (DPO and its kin).",
         ),
+        _recipe("distill", "Distill", "Distillation: learn from a larger model's distribution over every next token."),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
         _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
     )
@@ -53,7 +54,6 @@ RECIPES = {
 
 LATER_RECIPES = {
     "reward": "reward models",
-    "distill": "knowledge distillation",
     "ppo": "PPO",
     "grpo": "GRPO",
     "quantize": "quantization for inference",

@@ -145,7 +145,7 @@ class _Writer:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        about = {"version": _VERSION, "digests": {name: _digest(self.folder / name) for name in _ARRAYS}}
+        about = {"version": _VERSION, "digests": {name: digest(self.folder / name) for name in _ARRAYS}}
         (self.folder / "about.json").write_text(json.dumps({**about, "rows": reading.rows, "skipped": reading.skipped}))
         return _open(self.folder)
 
@@ -198,10 +198,10 @@ def cached(key: Sequence[Any], make: Callable[[Reading], Iterator[Iterable[Token
         return collect(make(reading), reading), False
 
 
-def cache_folder() -> Path:
-    """TUNESMITH_CACHE, or tunesmith/ in the user's cache folder, and there a folder for tokenized rows."""
+def cache_folder(of: str = "tokenized") -> Path:
+    """TUNESMITH_CACHE, or tunesmith/ in the user's cache folder, and there a folder for one kind of things: tokenized rows."""
     root = os.environ.get("TUNESMITH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tunesmith")
-    return Path(root).expanduser() / "tokenized"
+    return Path(root).expanduser() / of
 
 
 def _write(root: Path, name: str, make: Callable[[Reading], Iterator[Iterable[Tokenized]]]) -> Documents:
@@ -231,7 +231,7 @@ def _find(folder: Path) -> Documents | None:
     try:
         about = json.loads((folder / "about.json").read_text())
         if about["version"] == _VERSION and all(
-            _digest(folder / name) == digest for name, digest in about["digests"].items()
+            digest(folder / name) == known for name, known in about["digests"].items()
         ):
             return _open(folder)
         damage = "a file is damaged"
@@ -256,7 +256,7 @@ def _open(folder: Path) -> Documents:
     )
 
 
-def _digest(path: Path) -> list[int]:
+def digest(path: Path) -> list[int]:
     """Size and checksum; of files above 64 MiB only 64 blocks spread over the file are read."""
     size = path.stat().st_size
     with path.open("rb") as file:

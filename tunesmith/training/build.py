@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +31,7 @@ from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
-from tunesmith.training.preflight import check_trainable, check_vocabulary, warn_of_another_base
+from tunesmith.training.preflight import check_trainable, check_vocabulary, frozen_stages, warn_of_another_base
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,12 @@ class Source:
     def tokenizer(self) -> Path | str:
         """Where its tokenizer is: the folder, or for a named size the repository."""
         return self.folder or self.repository or self.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with its weights and numbers."""
+        numbers = hashlib.sha256(json.dumps(self.hf_config, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{hub.fingerprint_folder(self.folder)}-{numbers}" if self.folder else numbers
 
 
 def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights: bool = True) -> Source:
@@ -149,6 +157,22 @@ def build_frozen(
 
     quantize: "nf4" holds its matrices in 4 bits. Its embedding grows with the tokenizer as the trained one's does.
     """
+    model, first_new_row = construct_frozen(config, source, tokenizer, quantize)
+    # Nothing of it is kept for a backward pass.
+    as_it_is = {"enable_activation_checkpointing": False, "ac_mode": "full", "enable_activation_offloading": False}
+    parallelize(model, mesh, source.family.tp_plan, replace(frozen_stages(config), **as_it_is))
+    device = torch.device("cpu") if config.fsdp_cpu_offload else mesh.device
+    _materialize(model, device, max_sequence_length(config, source))
+    model.requires_grad_(False)
+    assert source.folder is not None, "a frozen model has weights"
+    load_weights(model, source.folder, source.family, new_rows_from=first_new_row)
+    return model.eval()
+
+
+def construct_frozen(
+    config: TrainSettings, source: Source, tokenizer: Tokenizer, quantize: str | None = None
+) -> tuple[CausalLM, int | None]:
+    """The same on the meta device, not yet spread, and the first row of its embedding that is new (None: none)."""
     rows = source.family.read_config(source.hf_config).vocab_size
     grows = tokenizer.vocab_size > rows
     hf_config = {**source.hf_config, "vocab_size": tokenizer.vocab_size} if grows else source.hf_config
@@ -156,16 +180,7 @@ def build_frozen(
         model = build(hf_config, source.family, source.family.read_config(hf_config))
     if quantize:
         quantize_linear_layers(model)
-    # Nothing of it is kept for a backward pass, and it may have another number of layers.
-    as_it_is = {"enable_activation_checkpointing": False, "ac_mode": "full", "enable_activation_offloading": False}
-    even = {"pipeline_parallel_layers_per_stage": None, "pipeline_parallel_split_points": None}
-    parallelize(model, mesh, source.family.tp_plan, replace(config, **as_it_is, **even))
-    device = torch.device("cpu") if config.fsdp_cpu_offload else mesh.device
-    _materialize(model, device, max_sequence_length(config, source))
-    model.requires_grad_(False)
-    assert source.folder is not None, "a frozen model has weights"
-    load_weights(model, source.folder, source.family, new_rows_from=rows if grows else None)
-    return model.eval()
+    return model.requires_grad_(False), rows if grows else None
 
 
 def scheme_of(qat: QAT) -> Scheme:

@@ -76,6 +76,9 @@ class Flops:
     of_sight: float
     """Attention in one layer, for one token that sees one token."""
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.of_token + other.of_token, self.of_label + other.of_label, self.of_sight + other.of_sight)
+
     def of_step(self, num_tokens: int, num_trained: int, num_seen: int) -> float:
         """Of so many tokens, tokens with a loss, and pairs (token, token it sees) over all layers."""
         return num_tokens * self.of_token + num_trained * self.of_label + num_seen * self.of_sight
@@ -92,6 +95,13 @@ def training_flops(model: CausalLM) -> Flops:
         elif not isinstance(module, nn.Embedding):
             body += cost
     return Flops(body, head, 12.0 * model.config.num_attention_heads * model.config.head_dim)
+
+
+def forward_flops(model: CausalLM, layers: int) -> Flops:
+    """What a forward pass of a frozen `model` beside a trained one of so many `layers` costs, as a part of the step's: half the matrix
+    products, a third of the attention."""
+    whole, share = training_flops(model), model.config.num_hidden_layers / layers
+    return Flops(whole.of_token / 2, whole.of_label / 2, whole.of_sight / 3 * share)
 
 
 def _own_cost(module: nn.Module) -> float:

@@ -9,6 +9,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import fingerprint_folder, follow_latest, read_json, read_weight_map
 from tunesmith.nn.scheme import INTEGER_TYPES
 from tunesmith.remote import is_remote
+from tunesmith.training.vocabulary import read_vocabulary, vocabulary_problem
 
 if TYPE_CHECKING:
     from tunesmith.models.family import DecoderConfig, Family
@@ -151,6 +153,47 @@ def _has_other_weights(folder: Path) -> bool:
         "original/consolidated.*.pth",
     )
     return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def _teacher(config: Any, notes: list[str]) -> Iterator[str]:
+    """The model that another learns from: its files, whether the layout can cut it, and whether both have the same tokens."""
+    from tunesmith.models.families import model_config
+
+    if (name := _get(config, "teacher", "model")) is None:
+        return
+    folder = follow_latest(Path(name).expanduser())
+    if not folder.is_dir():
+        yield from (
+            [f"`teacher.model`: {name} is a file"] if folder.exists() else _not_a_folder("teacher.model", name, notes)
+        )
+        return
+    if (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
+        yield f"`teacher.model`: {name} is a PEFT adapter; merge it into its base with `tune run export` first"
+        return
+    yield from (problems := list(_model_folder(folder, weights=True)))
+    if problems or not (folder / "config.json").is_file():
+        return
+    _, _, shape = model_config(folder)
+    yield from frozen_layout_problems("teacher.model", config, shape, bool(config.teacher.quantize))
+    try:
+        student = _shape(config)
+    except UserError:
+        return  # told where the student is
+    if student is not None:
+        yield from _other_tokens(config, student[1].vocab_size, folder, shape.vocab_size)
+
+
+def _other_tokens(config: Any, rows: int, folder: Path, teacher_rows: int) -> Iterator[str]:
+    file = follow_latest(Path(config.tokenizer.path or config.model).expanduser())
+    file, teacher_file = (one / "tokenizer.json" if one.is_dir() else one for one in (file, folder))
+    if file.is_file() and teacher_file.is_file() and file.read_bytes() == teacher_file.read_bytes():
+        return
+    student = read_vocabulary(config.model, rows, file)
+    teacher = read_vocabulary(config.teacher.model, teacher_rows, teacher_file)
+    if student.tokens is None or teacher.tokens is None:
+        return  # of other files the run's own reader makes the tokens
+    if problem := vocabulary_problem(student, teacher, config.tokenizer.add_tokens):
+        yield problem
 
 
 def damaged(file: Path) -> str | None:
@@ -395,6 +438,22 @@ def check_trainable(hf_config: dict[str, Any], model: str) -> None:
 def _config_json(config: Any) -> dict[str, Any]:
     file = follow_latest(Path(config.model).expanduser()) / "config.json"
     return read_json(file) if file.is_file() else {}
+
+
+def frozen_layout_problems(option: str, config: Any, shape: DecoderConfig, quantized: bool) -> Iterator[str]:
+    """The same for the model of `option`, which is spread like the trained one but stays as it is."""
+    for problem in Layout.of(config).problems(shape, quantized):
+        yield f"`{option}`: {problem.replace('`weights.quantize_base`', 'its quantization')}"
+    if config.pipeline_parallel_dim > 1:
+        try:
+            stage_layers(frozen_stages(config), shape.num_hidden_layers)
+        except UserError as error:
+            yield f"`{option}`: {error}"
+
+
+def frozen_stages(config: Any) -> Any:
+    """The config for a model whose layers are cut evenly, since it may have another number of them than the trained one."""
+    return replace(config, pipeline_parallel_layers_per_stage=None, pipeline_parallel_split_points=None)
 
 
 def _shape(config: Any) -> tuple[Family, DecoderConfig] | None:
@@ -659,4 +718,4 @@ def _get(config: Any, section: str, option: str) -> Any:
     return getattr(getattr(config, section, None), option, None)
 
 
-_PARTS = (_model, _adapters, _fit, _reference, _tokenizer, _data, _output, _layout, _packages)
+_PARTS = (_model, _adapters, _fit, _reference, _teacher, _tokenizer, _data, _output, _layout, _packages)

@@ -12,7 +12,6 @@ with start_run(config, "sft") as run:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -51,9 +50,9 @@ from tunesmith.nn.fake_quantize import set_rounding
 from tunesmith.nn.lora import freeze_base
 from tunesmith.parallel.device import pick_device
 from tunesmith.parallel.mesh import DATA, Mesh, Ranks, start_mesh, stop_mesh
-from tunesmith.training.build import DTYPES, Source, construct_model, scheme_of
+from tunesmith.training.build import DTYPES, Source, construct_frozen, construct_model, scheme_of
 from tunesmith.training.convert import quantize_repository
-from tunesmith.training.flops import training_flops
+from tunesmith.training.flops import forward_flops, training_flops
 from tunesmith.training.folder import check_shared, claim, environment, unclaim
 from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.meter import Meter
@@ -103,8 +102,11 @@ class Run:
         self._model: Any = None
         self._base: Path | None = None
 
-    def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
-        """Before data are read: raise UserError where model, tokenizer, adapter and layout don't fit together, warn where they may not."""
+    def check_fit(self, source: Source, tokenizer: Tokenizer, beside: Source | None = None) -> None:
+        """Before data are read: raise UserError where model, tokenizer, adapter and layout don't fit together, warn where they may not.
+
+        beside: a frozen model that computes along with every step.
+        """
         self._watchdog.at(0, "reading model and data")
         shape = source.family.read_config(source.hf_config)
         problems = [*layout_problems(self.config, shape), *group_problems(self.config, source.family, shape)]
@@ -114,6 +116,9 @@ class Run:
         if isinstance(self.config.weights, LoRAWeights):
             freeze_base(model)
         self._meter.flops = training_flops(model)
+        if beside is not None:
+            frozen, _ = construct_frozen(self.config, beside, tokenizer)
+            self._meter.flops += forward_flops(frozen, shape.num_hidden_layers)
         warnings = [warn_of_length(self.config, shape)]
         if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
             warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
@@ -275,8 +280,10 @@ class Run:
 
     # --- checkpoints ---------------------------------------------------------------------------------
 
-    def keep(self, model: CausalLM, tokenizer: Tokenizer, optimizer: Any, data: Any, source: Source) -> None:
-        """Name what the run's checkpoints hold."""
+    def keep(
+        self, model: CausalLM, tokenizer: Tokenizer, optimizer: Any, data: Any, source: Source, **fixed: Any
+    ) -> None:
+        """Name what the run's checkpoints hold. fixed: what else must not change between a stop and a resume."""
         adapter = isinstance(self.config.weights, LoRAWeights)
         base = str(source.folder.resolve()) if source.folder and Path(source.name).exists() else source.name
 
@@ -291,7 +298,7 @@ class Run:
             stage,
             optimizer,
             data,
-            fingerprint=self._fingerprint(source, data),
+            fingerprint={**self._fingerprint(source, data), **fixed},
             mesh=self.mesh,
             keep_last=self.config.keep_last_n_checkpoints,
             background=self.config.enable_async_checkpointing,
@@ -302,10 +309,9 @@ class Run:
 
     def _fingerprint(self, source: Source, data: Any) -> dict[str, Any]:
         """What must not change between a stop and a resume, or the numbers would."""
-        numbers = hashlib.sha256(json.dumps(source.hf_config, sort_keys=True).encode()).hexdigest()[:16]
         return {
             **_fixed_settings(self.config, self.recipe),
-            "model": f"{hub.fingerprint_folder(source.folder)}-{numbers}" if source.folder else numbers,
+            "model": source.fingerprint,
             "global_batch_size": data.rows_per_step,
             "data": data.fingerprint,
         }
