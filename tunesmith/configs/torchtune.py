@@ -126,8 +126,8 @@ def _our_recipe(
     for place, name, ours in found[1:]:
         if ours != found[0][2]:
             _, first, theirs = found[0]
-            here = f"`{first}`" if first == theirs else f"`{first}`, {theirs} here,"
-            text = f"`{name}` is for the recipe {ours}, and {here} has no use for it; leave out one of the two"
+            other = "another" if first == theirs else f"the recipe {theirs}"
+            text = f"`{name}` belongs to the recipe {ours}, and `{first}` is {other}; take both from one recipe"
             problems.append(Problem(place, text))
             return None
     return found[0][2] if found else "sft"

@@ -238,7 +238,10 @@ class Methods:
             if key not in ADAPTER_ARGUMENTS:  # adapters of a teacher are as they begin, and change nothing of it
                 self.report(child, f"torchtune's `teacher_model.{key}` has no counterpart here; leave it out")
         found = self.built(named, dotted) if named is not None else None
-        if named is None or found is None:
+        if named is None:
+            return
+        if found is None:
+            self.put("teacher.model", Node(layers.UNRESOLVED, named.place))
             return
         self.put("teacher.model", Node(self.location(repository(found.size, found.kind)), named.place))
         if found.prefix == "qlora_" or "quantize_base" in entries and entries["quantize_base"].value:
