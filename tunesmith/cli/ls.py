@@ -67,7 +67,8 @@ def _show_all() -> None:
     print(
         "torchtune's config names work as --config, for `tune cp` and `tune cat`: FAMILY/SIZE_UPDATE[_single_device], such as"
     )
-    print("  llama3_2/1B_lora_single_device; UPDATE is one of full, full_low_memory, lora, qlora, dora, qdora")
+    print("  llama3_2/1B_lora_single_device; UPDATE is one of full, full_low_memory, lora, qlora, dora, qdora; also")
+    print("  SIZE_lora_dpo and SIZE_full_dpo, SIZE_qat_full and SIZE_qat_lora, TEACHER_to_SIZE_KD_lora")
     print()
     print("`tune ls RECIPE` lists a recipe's options")
 
@@ -106,9 +107,12 @@ def show_options(name: str) -> None:
 
 
 def _how(name: str) -> str:
-    if torchtune.SFT_RECIPES.get(name) == "lora":
-        return ", with +lora (or +qlora, +dora, …)"
-    return ""
+    training = torchtune.TRAINING_RECIPES.get(torchtune.bare(name))
+    if training is None:
+        return ""
+    lora = "+lora (or +dora, …)" if training.qat else "+lora (or +qlora, +dora, …)"
+    overlays = [lora] * (training.update == "lora") + ["+qat"] * training.qat
+    return f", with {' and '.join(overlays)}" if overlays else ""
 
 
 def _show_recipe(recipe: Recipe) -> None:
