@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tunesmith.models import families
 from tunesmith.models.decoder import CausalLM, build
 from tunesmith.models.family import Family
 from tunesmith.models.initialize import initialize
+from tunesmith.models.score import ScoreModel
 from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
 from tunesmith.nn.quantize import quantize_linear_layers
 from tunesmith.parallel.device import pick_device, supports_bf16
@@ -51,6 +52,8 @@ class Source:
     name: str
     repository: str | None = None
     """Hub id that a named size stands for."""
+    new_head: str | None = None
+    """What the names of the output layer's parameters begin with, where the folder has another one or none: it is initialised."""
 
     @property
     def tokenizer(self) -> Path | str:
@@ -58,8 +61,13 @@ class Source:
         return self.folder or self.repository or self.name
 
 
-def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights: bool = True) -> Source:
-    """The source of the model called `name`: a folder, a Hub id, or (without weights) a named size such as llama3_2/1B."""
+def find_model(
+    name: str, model_args: dict[str, Any] | None = None, need_weights: bool = True, classifier: bool = False
+) -> Source:
+    """The source of the model called `name`: a folder, a Hub id, or (without weights) a named size such as llama3_2/1B.
+
+    classifier: whether reward models and classifiers are welcome, too. Raises UserError for one where they are not.
+    """
     sizes = families.named_sizes()
     if not need_weights and name in sizes and not Path(name).is_dir():
         family, hf_config, repository = sizes[name]
@@ -71,7 +79,37 @@ def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights
             f"{name} is an adapter, not a model: give its base as `model` and the adapter as `weights.adapter`"
         )
     hf_config, family, _ = read_model_config(folder)
+    if not classifier:
+        families.check_speaks(family, hf_config, name)
     return Source(folder, {**hf_config, **(model_args or {})}, family, name)
+
+
+_PROBLEMS = {"preference": "regression", "classification": "single_label_classification"}
+"""What transformers calls the task of a classifier of texts."""
+
+
+def as_classifier(source: Source, task: str, labels: Sequence[str] | None, pad_id: int) -> Source:
+    """The same model with a head for a task of `tune run reward`: its own, where it has such a one, or a new one.
+
+    labels: names of what is scored, None: as many as it has. pad_id: what stands behind the last token of a text. Raises
+    UserError for a model that scores something else, or where the number of labels isn't known.
+    """
+    own, per_token, family = source.family.scores(source.hf_config), task == "process", source.family
+    names = labels if own is None or task == "classification" else family.label_names(source.hf_config)
+    names = names or family.label_names(source.hf_config)
+    if not names:
+        raise UserError(
+            f"{source.name} gets a new head: say how many classes there are, by `label_names` or `num_labels`"
+        )
+    if own is not None and (own.per_token, own.num_labels) != (per_token, len(labels or names)):
+        scored = {True: "every token", False: "texts"}
+        raise UserError(
+            f"{source.name} scores {scored[own.per_token]} with {own.num_labels} label{'s' * (own.num_labels > 1)}, and `task: {task}` "
+            f"{scored[per_token]} with {len(labels or names)}: name a language model, which gets a new head, or another task"
+        )
+    more = {"pad_token_id": pad_id} | ({"problem_type": _PROBLEMS[task]} if task in _PROBLEMS else {})
+    hf = family.classifier_config(source.hf_config, names, per_token) | more
+    return replace(source, hf_config=hf, new_head=None if own else "score.")
 
 
 def max_sequence_length(config: TrainSettings, source: Source) -> int:
@@ -104,7 +142,9 @@ def build_model(
     elif source.folder is None or getattr(config, "from_scratch", False):
         initialize(model, seed)
     else:
-        load_weights(model, source.folder, source.family, new_rows_from=first_new_row)
+        load_weights(model, source.folder, source.family, new_rows_from=first_new_row, without=source.new_head)
+        if source.new_head:
+            initialize(model, seed, source.new_head)
     if lora:
         reset_adapters(model, seed)
         if trained := resume_from or (hub.resolve(lora.adapter, what="adapter") if lora.adapter else None):
@@ -228,10 +268,12 @@ def load_model(
         adapter, folder = folder, _base_of(folder, base)
         path = base or folder
     hf_config, family, decoder_config = read_model_config(folder)
+    adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
+    if adapter_folder is not None:
+        hf_config = peft.adapted_config(adapter_folder, family, hf_config)
     wanted = _dtype(dtype) if dtype is not None else stated_dtype(hf_config)
     with torch.device("meta"), default_dtype(wanted):
         model = build(hf_config, family, decoder_config)
-    adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
     if adapter_folder is not None:
         if warning := warn_of_another_base(adapter_folder, str(path)):
             logger.warning("%s", warning)
@@ -239,8 +281,11 @@ def load_model(
     elif quantize_base:
         quantize_linear_layers(model)
     place = pick_device(str(device))
-    load_weights(model, folder, family, device=place)
+    is_scored = isinstance(model, ScoreModel) and adapter_folder is not None  # whose head is the adapter's
+    load_weights(model, folder, family, device=place, without="score." if is_scored else None)
     model.init_buffers(place)
+    if is_scored:
+        model.head.to_empty(device=place)
     if adapter_folder is not None:
         reset_adapters(model, 0, place)
         peft.load_adapter(model, adapter_folder)

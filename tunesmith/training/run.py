@@ -55,7 +55,13 @@ from tunesmith.training.folder import check_shared, claim, environment, unclaim
 from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.meter import Meter
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check, layout_problems, warn_of_another_base, warn_of_length
+from tunesmith.training.preflight import (
+    check,
+    layout_problems,
+    warn_of_another_base,
+    warn_of_length,
+    warn_of_unloadable,
+)
 from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
@@ -108,7 +114,10 @@ class Run:
         if isinstance(self.config.weights, LoRAWeights):
             freeze_base(model)
         self._meter.flops = training_flops(model)
-        warnings = [warn_of_length(self.config, shape)]
+        warnings = [
+            warn_of_length(self.config, shape),
+            warn_of_unloadable(source.family, per_token=getattr(self.config, "task", None) == "process"),
+        ]
         if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
             warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
         for warning in filter(None, warnings):
