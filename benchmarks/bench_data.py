@@ -61,8 +61,8 @@ def ours(model: str, chats: str, texts: str, rows: int) -> None:
 
     from tunesmith.config import load_config
     from tunesmith.data.cache import Documents, Reading
-    from tunesmith.data.indexed import Segments
     from tunesmith.data.loader import chat_batches, text_batches
+    from tunesmith.data.segments import Segments
     from tunesmith.data.tokenizer import load_tokenizer
     from tunesmith.parallel.mesh import start_mesh
 

@@ -11,10 +11,10 @@ import pytest
 from tests.data.conftest import Words, documents, open_chat, open_text, write_chats, write_lines
 from tunesmith.data import cache as caching
 from tunesmith.data import documents as documents_module
-from tunesmith.data.cache import Reading, Skipped, cached
+from tunesmith.data.cache import Reading, Skipped, Tokenized, cached
 from tunesmith.errors import UserError
 
-DOCUMENTS = [(0, [5, 6, 7], [False, True, False]), (2, [8, 9], None)]
+DOCUMENTS = [Tokenized(0, [5, 6, 7], [False, True, False]), Tokenized(2, [8, 9], None)]
 
 
 def make(reading):

@@ -15,7 +15,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 def read(row, reading=None, **options):
     reading = reading or Reading(**options)
-    return read_row(row, reading, choose_format(row, reading, "data.jsonl:1"))
+    return read_row(row, reading, FORMATS[choose_format(row, reading, "data.jsonl:1", FORMATS)])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_unknown_columns_are_listed_with_a_way_out():
 def test_real_files(assets):
     for name, format in (("glaive_toolcall_300.json", "sharegpt"), ("preference/kto_300.json", "messages")):
         rows = json.loads((assets / "data" / name).read_text())
-        assert choose_format(rows[0], Reading(), name) == format
-        examples = [read_row(row, Reading(), format) for row in rows]
+        assert choose_format(rows[0], Reading(), name, FORMATS) == format
+        examples = [read_row(row, Reading(), FORMATS[format]) for row in rows]
         assert all(example["messages"] for example in examples)
     assert set(FORMATS) == {"messages", "sharegpt", "alpaca", "prompt_completion", "text"}

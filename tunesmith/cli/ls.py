@@ -23,7 +23,7 @@ examples:
 """
 
 
-_RECIPE_OF = {"chat": "sft", "text": "pretrain"}
+_RECIPE_OF = {"chat": "sft", "text": "pretrain", "preference": "preference"}
 
 
 def main(words: list[str]) -> int:

@@ -68,3 +68,42 @@ class TextData(_Source):
     """Split plain text files into documents at this string, such as <|endoftext|>; default: a file is one document."""
     on_bad_row: Literal["skip", "error"] = "skip"
     """skip counts and reports rows that can't be used; error ends the run at the first."""
+
+
+@section
+class PreferenceData(_Source):
+    """Answers that people like more or less: pairs of a chosen and a rejected one, or single ones with a label."""
+
+    format: Literal["preference", "unpaired"] | None = None
+    """How to read a row; default: detected from its columns."""
+    system_prompt: str | None = None
+    """System message for conversations that have none."""
+    on_bad_row: Literal["skip", "error"] = "skip"
+    """skip counts and reports rows that can't be used; error ends the run at the first."""
+
+
+@section
+class RewardData(_Source):
+    """What a reward model learns to score: pairs, labelled texts, or answers whose steps are labelled."""
+
+    format: Literal["preference", "classification", "stepwise"] | None = None
+    """How to read a row; default: detected from its columns."""
+    system_prompt: str | None = None
+    """System message for conversations that have none."""
+    step_separator: str = "\n"
+    """Text behind every step of an answer; a step's score is read at its last token."""
+    label_names: list[str] = field(default_factory=list)
+    """Names of the classes, in order, where labels are names; numbers count from 0."""
+    on_bad_row: Literal["skip", "error"] = "skip"
+    """skip counts and reports rows that can't be used; error ends the run at the first."""
+
+    def problems(self):
+        yield from super().problems()
+        if not self.step_separator:
+            yield "`step_separator` is empty; name the text that ends a step, such as a line break"
+        if len(set(self.label_names)) < len(self.label_names):
+            yield "`label_names` names a class twice"
+
+
+DataSection = ChatData | TextData | PreferenceData | RewardData
+"""A source of any kind."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 IGNORED = -100
 """Label of a position without loss."""
+_NOWHERE = {"index": -1}
+"""What stands for padding in an extra tensor; 0 in others."""
 
 
 @dataclass
@@ -27,9 +29,17 @@ class Batch:
     documents: Tensor | None = None
     """(B, T) int32: number of the document within its row, -1 for padding; None: a row is one right-padded document."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """What a method computes before the step, such as reference log-probabilities."""
+    """What a method computes before the step, such as reference log-probabilities; and what the data brings:
+
+    "values" (B, T) float32, of preference data: the value of each token's document. 1 or 0 says whether an answer is
+    desirable, a pair has its margin, a text its class. "index" (B, T) int64, where it was asked for: the place of each
+    token among those of all sources, -1 for padding.
+    """
     counts: dict[str, int] = field(default_factory=dict)
-    """How many units of each kind the loss divides by, over this micro-batch: {"tokens": labels not ignored}."""
+    """How many units of each kind the loss divides by, over this micro-batch: {"tokens": labels not ignored}; of preference
+    data also its "pairs", "answers" or "steps", and of pairs "chosen_tokens"."""
+    most_documents: int = 1
+    """No row of this micro-batch holds more documents."""
 
     def __post_init__(self):
         if "tokens" not in self.counts:
@@ -53,7 +63,7 @@ class Batch:
     def map_tokens(self, change: Callable[[Tensor, int], Tensor]) -> Batch:
         """The batch with change(tensor, what stands for padding) in place of every (B, T); what it counts stays as it was."""
         extra = {
-            name: change(tensor, 0) if tensor.shape[:2] == self.input_ids.shape else tensor
+            name: change(tensor, _NOWHERE.get(name, 0)) if tensor.shape[:2] == self.input_ids.shape else tensor
             for name, tensor in self.extra.items()
         }
         return replace(

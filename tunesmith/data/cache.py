@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 logger = logging.getLogger(__name__)
-_VERSION = 2
+_VERSION = 3
 _ARRAYS = {
     "ids": np.uint32,
     "mask": np.bool_,
@@ -27,6 +27,8 @@ _ARRAYS = {
     "rows": np.int64,
     "lasts": np.int64,
     "trained": np.int64,
+    "values": np.float32,
+    "scores": np.int32,
 }
 _WHOLE = 1 << 26
 
@@ -77,10 +79,14 @@ class Documents:
     rows: np.ndarray
     """(documents,) the row of the source that each came from."""
     lasts: np.ndarray
-    """(documents,) the last token in the loss, counted from the start of its document; never 0: nothing predicts the first."""
+    """(documents,) the last token in the loss, counted from the start of its document; 0 in scored ones only: nothing predicts the first."""
     trained: np.ndarray
     """(documents,) tokens in the loss."""
     reading: Reading
+    values: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    """(documents,) what is known of each document: whether it is desirable, its pair's margin, its class; else 0."""
+    scores: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    """(tokens in the mask,) of scored documents: the label of the score that is read at each."""
 
     @property
     def starts(self) -> np.ndarray:
@@ -91,8 +97,17 @@ class Documents:
         return self.ends - self.starts
 
 
-Tokenized = tuple[int, Sequence[int], Sequence[bool] | None]
-"""Row of the source, ids, mask (None: all of it is in the loss)."""
+class Tokenized(NamedTuple):
+    """One document."""
+
+    row: int
+    """Of the source."""
+    ids: Sequence[int]
+    mask: Sequence[bool] | None = None
+    """None: all of it is in the loss."""
+    value: float = 0.0
+    scores: Sequence[int] | None = None
+    """Of a scored document: the label of the score read at each token of the mask."""
 
 
 class _Writer:
@@ -107,14 +122,15 @@ class _Writer:
 
     def add(self, documents: Iterable[Tokenized]) -> None:
         columns: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
-        for row, ids, mask in documents:
+        for row, ids, mask, value, scores in documents:
             flags = np.ones(len(ids), bool) if mask is None else np.asarray(mask, bool)
-            flags[:1] = False
+            if scores is None:
+                flags[:1] = False
             self.size += len(ids)
             trained = np.flatnonzero(flags)
-            values = (ids, flags, [self.size], [row], trained[-1:], [len(trained)])
-            for (name, dtype), value in zip(_ARRAYS.items(), values):
-                columns[name].append(np.asarray(value, dtype))
+            kept = (ids, flags, [self.size], [row], trained[-1:], [len(trained)], [value], scores or ())
+            for (name, dtype), column in zip(_ARRAYS.items(), kept):
+                columns[name].append(np.asarray(column, dtype))
         for name, parts in columns.items():
             if parts:
                 self.files[name].write(np.concatenate(parts).tobytes())

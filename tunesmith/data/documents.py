@@ -8,55 +8,82 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.configs.data import ChatData, TextData
+from tunesmith.configs.data import DataSection, RewardData, TextData
 from tunesmith.data import formats
 from tunesmith.data.cache import Documents, Reading, Tokenized, cached, collect
 from tunesmith.data.files import Row, Rows, file_digest
 from tunesmith.data.formats import BadRow
 from tunesmith.data.sources import describe, open_rows
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.units import (
+    NOTHING_TRAINED,
+    Units,
+    choose_units,
+    encode_classified,
+    encode_pairs_or_answers,
+    encode_steps,
+    with_mismatched,
+)
 from tunesmith.errors import UserError
 
 _CHUNK = 512
 _CHUNK_CHARACTERS = 1 << 23
-NOTHING_TRAINED = "nothing in the loss"
 NOT_RENDERED = "the chat template can't render it"
 
 NumberedRow = tuple[int, str, Row]
 """Number of a row in its source, where it stands, the row."""
 
 
+NumberedExample = tuple[int, str, formats.Example]
+
+
 @dataclass
 class RowReader:
     """Tokenizes rows of one source."""
 
-    data: ChatData | TextData
+    data: DataSection
     reading: formats.Reading
     tokenizer: Tokenizer
+    units: Units | None = None
+    """Of preference data: what a row is to become."""
     format: str | None = None
     """Chosen by the first row."""
 
     def tokenize(self, rows: Iterable[NumberedRow], report: Reading) -> Iterator[list[Tokenized]]:
         """Ids and masks of `rows`, chunk by chunk; rows that can't be used are counted in `report`."""
-        chunk: list[tuple[int, str, formats.Example]] = []
+        chunk: list[NumberedExample] = []
         size = 0
+        examples = self._examples(rows, report)
+        for item in with_mismatched(examples) if self.units and self.units.mismatched else examples:
+            chunk.append(item)
+            size += len(item[2].get("text", ""))
+            if len(chunk) == _CHUNK or size > _CHUNK_CHARACTERS:
+                yield self._encode(chunk, report)
+                chunk, size = [], 0
+        yield self._encode(chunk, report)
+
+    def _examples(self, rows: Iterable[NumberedRow], report: Reading) -> Iterator[NumberedExample]:
+        """The rows that are what their format asks for."""
+        known = self.units.formats if self.units else formats.FORMATS
         for number, place, row in rows:
             if self.format is None:
-                allowed = ["text"] if isinstance(self.data, TextData) else None
-                self.format = formats.choose_format(row, self.reading, place, allowed)
+                self.format = self._choose(row, place)
             report.rows += 1
             try:
-                chunk.append((number, place, formats.read_row(row, self.reading, self.format)))
+                example = formats.read_row(row, self.reading, known[self.format])
             except BadRow as bad:
                 self._skip(report, bad.reason, number, place, str(bad))
             except KeyError as missing:
                 reason = f"no column `{missing.args[0]}`"
                 self._skip(report, reason, number, place, reason)
-            size += len(chunk[-1][2].get("text", "")) if chunk else 0
-            if len(chunk) == _CHUNK or size > _CHUNK_CHARACTERS:
-                yield self._encode(chunk, report)
-                chunk, size = [], 0
-        yield self._encode(chunk, report)
+            else:
+                yield number, place, example
+
+    def _choose(self, row: Row, place: str) -> str:
+        if self.units:
+            return choose_units(row, self.reading, place, self.units)
+        known = {"text": formats.FORMATS["text"]} if isinstance(self.data, TextData) else formats.FORMATS
+        return formats.choose_format(row, self.reading, place, known)
 
     def collect(self, rows: Iterable[NumberedRow], report: Reading) -> Documents:
         """The documents of a few rows, in memory."""
@@ -70,17 +97,39 @@ class RowReader:
     def _encode(self, chunk: list[tuple[int, str, formats.Example]], report: Reading) -> list[Tokenized]:
         if not chunk:
             return []
-        is_text = "text" in chunk[0][2]
-        encoded = self._encode_texts(chunk) if is_text else self._encode_chats(chunk)
+        if self.units:
+            return list(self._encode_units(chunk, report))
+        encoded = self._encode_texts(chunk) if "text" in chunk[0][2] else self._encode_chats(chunk)
         kept: list[Tokenized] = []
         for (number, place, _), result in zip(chunk, encoded):
             if isinstance(result, UserError):
                 self._skip(report, NOT_RENDERED, number, place, f"{NOT_RENDERED}: {result}")
             elif any(result[1][1:]) if result[1] is not None else len(result[0]) > 1:
-                kept.append((number, *result))
+                kept.append(Tokenized(number, *result))
             else:
                 self._skip(report, NOTHING_TRAINED, number, place, NOTHING_TRAINED)
         return kept
+
+    def _encode_units(self, chunk: list[NumberedExample], report: Reading) -> Iterator[Tokenized]:
+        """The documents of each unit, one after the other: all of them, or none."""
+        assert self.units
+        examples = [example for _, _, example in chunk]
+        if isinstance(self.data, RewardData) and self.units.counted == "steps":
+            encoded = encode_steps(examples, self.data.step_separator, self.tokenizer)
+        elif isinstance(self.data, RewardData) and self.units.counted == "answers":
+            encoded = encode_classified(examples, self.data.label_names, self.tokenizer)
+        else:
+            encoded = encode_pairs_or_answers(examples, self.units, self.tokenizer)
+        for (number, place, _), found in zip(chunk, encoded):
+            for unit in found:
+                if isinstance(unit, BadRow):
+                    self._skip(report, unit.reason, number, place, str(unit))
+                elif isinstance(unit, UserError):
+                    if type(unit) is UserError:
+                        raise unit
+                    self._skip(report, NOT_RENDERED, number, place, f"{NOT_RENDERED}: {unit}")
+                else:
+                    yield from (Tokenized(number, *document) for document in unit)
 
     def _encode_texts(self, chunk: list[Any]) -> Iterator[Any]:
         """Ids with the tokenizer's own start, and the end-of-text token behind."""
@@ -100,6 +149,10 @@ class RowReader:
     def options(self) -> list[Any]:
         """What decides the tokens, besides the rows."""
         options = asdict(self.reading) | {"train_on_input": getattr(self.data, "train_on_input", None)}
+        if self.units:
+            options["units"] = self.units.name
+        if isinstance(self.data, RewardData):
+            options |= {"step_separator": self.data.step_separator, "label_names": self.data.label_names}
         return [type(self.data).__name__, options, self.data.on_bad_row, self.tokenizer.fingerprint]
 
 
@@ -127,13 +180,15 @@ def numbered(rows: Rows) -> Iterator[NumberedRow]:
         yield index, rows.place(index), rows[index]
 
 
-def load_documents(data: ChatData | TextData, reading: formats.Reading, tokenizer: Tokenizer) -> Loaded:
+def load_documents(
+    data: DataSection, reading: formats.Reading, tokenizer: Tokenizer, units: Units | None = None
+) -> Loaded:
     """All rows of a source, tokenized; from the cache where they were tokenized before.
 
     Raises UserError when no row can be used.
     """
     rows = open_rows(data)
-    reader = RowReader(data, reading, tokenizer)
+    reader = RowReader(data, reading, tokenizer, units)
     key = [rows.fingerprint(), *reader.options()]
     documents, found = cached([*key, *_code()], lambda report: reader.tokenize(numbered(rows), report))
     if found:  # perhaps of another file with the same content

@@ -13,7 +13,7 @@ from tunesmith.errors import UserError
 Row = Mapping[str, Any]
 Message = dict[str, Any]
 Example = dict[str, Any]
-"""{"messages": [...], "tools": [...] or None}, or {"text": "..."}."""
+"""{"messages": [...], "tools": [...] or None}, or {"text": "..."}; of preference data see preference_formats."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_WORDS = {
@@ -61,18 +61,23 @@ class Format:
     """Columns that every row needs."""
     optional: tuple[str, ...]
     read: Callable[[Row, Reading], Example]
+    others: tuple[tuple[str, ...], ...] = ()
+    """Other columns that do instead."""
+
+    def fits(self, row: Row) -> bool:
+        return any(all(column in row for column in columns) for columns in (self.columns, *self.others))
 
 
-def read_row(row: Row, reading: Reading, format: str) -> Example:
+def read_row(row: Row, reading: Reading, format: Format) -> Example:
     """`row` as an example; raises BadRow where it can't be trained on."""
-    example = FORMATS[format].read(_renamed(row, reading.column_map), reading)
+    example = format.read(_renamed(row, reading.column_map), reading)
     for text in _strings(example):
         if not text.isascii():  # told in no time
             _check_unicode(text)
     return example
 
 
-def choose_format(row: Row, reading: Reading, place: str, allowed: Iterable[str] | None = None) -> str:
+def choose_format(row: Row, reading: Reading, place: str, allowed: Mapping[str, Format]) -> str:
     """The format of a source, judged by its first row: the one that was asked for, else the one its columns fit.
 
     Raises UserError that names the columns there are and those that are missing.
@@ -80,21 +85,23 @@ def choose_format(row: Row, reading: Reading, place: str, allowed: Iterable[str]
     for ours, theirs in reading.column_map.items():
         if theirs not in row:
             raise UserError(
-                f"{place}: `column_map` takes `{ours}` from a column `{theirs}`, which is not there; the columns are {_listed(row)}{_meant(theirs, row)}"
+                f"{place}: `column_map` takes `{ours}` from a column `{theirs}`, which is not there; the columns are {listed(row)}{_meant(theirs, row)}"
             )
     row = _renamed(row, reading.column_map)
     if reading.format is None:
-        for name in allowed or FORMATS:
-            if all(column in row for column in FORMATS[name].columns):
+        for name, format in allowed.items():
+            if format.fits(row):
                 return name
+        formats = ", ".join(_described(name, format) for name, format in allowed.items())
         raise UserError(
-            f"{place}: no known format fits the columns {_listed(row)}; {_suggestion(row)}"
-            f"the formats and their columns: {', '.join(_described(name) for name in allowed or FORMATS)}"
+            f"{place}: no known format fits the columns {listed(row)}; {_suggestion(row, allowed)}"
+            f"the formats and their columns: {formats}"
         )
-    for column in FORMATS[reading.format].columns:
+    format = allowed[reading.format]
+    for column in () if format.fits(row) else format.columns:
         if column not in row:
             raise UserError(
-                f"{place}: no column `{column}`, which the format {_described(reading.format)} needs; the columns are {_listed(row)}: "
+                f"{place}: no column `{column}`, which the format {_described(reading.format, format)} needs; the columns are {listed(row)}: "
                 f"name yours with `column_map: {{{column}: your column}}`, or choose another `format`"
             )
     return reading.format
@@ -105,33 +112,40 @@ def choose_format(row: Row, reading: Reading, place: str, allowed: Iterable[str]
 
 def read_messages(row: Row, reading: Reading) -> Example:
     """OpenAI's: messages of role and content, tool_calls, weight or train; tools in a column of its own."""
-    turns = _turns(row, "messages", "role", "content")
+    turns = turns_of(row, "messages", "role", "content")
     return _conversation(turns, row, reading, "messages")
 
 
 def read_sharegpt(row: Row, reading: Reading) -> Example:
     """ShareGPT's: conversations of from and value; function_call and observation are a call and its result."""
-    turns = _decoded(row["conversations"], "conversations")
+    turns = decoded(row["conversations"], "conversations")
     own_words = isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and "from" in turns[0]
     names = ("from", "value") if own_words or not turns else ("role", "content")
-    return _conversation(_turns(row, "conversations", *names), row, reading, "conversations")
+    return _conversation(turns_of(row, "conversations", *names), row, reading, "conversations")
 
 
 def read_alpaca(row: Row, reading: Reading) -> Example:
     """Alpaca's: instruction, input (may be empty) and output; system and history where there are such columns."""
     turns: list[Message] = []
-    history = _decoded(row.get("history") or [], "history")
+    history = decoded(row.get("history") or [], "history")
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow("column `history` is not a list of pairs")
-        turns += [{"role": role, "content": _text(said, "history")} for role, said in zip(("user", "assistant"), pair)]
-    parts = [_text(row["instruction"], "instruction"), _text(row.get("input") or "", "input")]
+        turns += [
+            {"role": role, "content": text_of(said, "history")} for role, said in zip(("user", "assistant"), pair)
+        ]
+    turns.append({"role": "user", "content": instruction_of(row, reading)})
+    turns.append({"role": "assistant", "content": text_of(row["output"], "output")})
+    return _conversation(turns, row, reading, "output")
+
+
+def instruction_of(row: Row, reading: Reading) -> str:
+    """Alpaca's prompt: the instruction, and the input behind it."""
+    parts = [text_of(row["instruction"], "instruction"), text_of(row.get("input") or "", "input")]
     prompt = "\n\n".join(part for part in parts if part.strip())
     if not prompt:
         raise BadRow("empty prompt")
-    turns.append({"role": "user", "content": _framed(prompt, reading)})
-    turns.append({"role": "assistant", "content": _text(row["output"], "output")})
-    return _conversation(turns, row, reading, "output")
+    return framed(prompt, reading)
 
 
 def read_prompt_completion(row: Row, reading: Reading) -> Example:
@@ -140,20 +154,20 @@ def read_prompt_completion(row: Row, reading: Reading) -> Example:
     if isinstance(prompt, str) and not prompt.strip():
         raise BadRow("empty prompt")
     if isinstance(prompt, str):
-        turns = [{"role": "user", "content": _framed(prompt, reading)}]
+        turns = [{"role": "user", "content": framed(prompt, reading)}]
     else:
-        turns = _turns(row, "prompt", "role", "content")
+        turns = turns_of(row, "prompt", "role", "content")
         turns = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
     if isinstance(row["completion"], str):
         turns.append({"role": "assistant", "content": row["completion"]})
     else:
-        turns += _turns(row, "completion", "role", "content")
+        turns += turns_of(row, "completion", "role", "content")
     return _conversation(turns, row, reading, "completion")
 
 
 def read_text(row: Row, reading: Reading) -> Example:
     """Plain text, all of it trained."""
-    text = _text(row["text"], "text")
+    text = text_of(row["text"], "text")
     if not text.strip():
         raise BadRow("empty text")
     return {"text": text}
@@ -166,28 +180,28 @@ FORMATS = {
     "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), read_prompt_completion),
     "text": Format(("text",), (), read_text),
 }
-"""Tried in this order when no format is given."""
+"""Of conversations and texts; tried in this order when no format is given."""
 
 
 # --- messages ------------------------------------------------------------------------------------
 
 
-def _turns(row: Row, column: str, role_key: str, content_key: str) -> list[Message]:
+def turns_of(row: Row, column: str, role_key: str, content_key: str) -> list[Message]:
     """The messages in `column` with our names for roles; function calls become tool_calls."""
-    turns = _decoded(row[column], column)
+    turns = decoded(row[column], column)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise BadRow(f"column `{column}` is not a list of messages", f"it is {_shown(row[column])}")
+        raise BadRow(f"column `{column}` is not a list of messages", f"it is {shown(row[column])}")
     return [_message(turn, number, role_key, content_key) for number, turn in enumerate(turns, 1)]
 
 
 def _message(turn: Mapping[str, Any], number: int, role_key: str, content_key: str) -> Message:
     if role_key not in turn:
-        raise BadRow(f"a message without `{role_key}`", f"message {number} has {_listed(turn)}")
+        raise BadRow(f"a message without `{role_key}`", f"message {number} has {listed(turn)}")
     role = ROLE_WORDS.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
         raise BadRow(
             "a role that is not known",
-            f"message {number} has {_shown(turn[role_key])}; known are {_listed(ROLE_WORDS)}",
+            f"message {number} has {shown(turn[role_key])}; known are {listed(ROLE_WORDS)}",
         )
     message = {key: value for key, value in turn.items() if key not in (role_key, content_key) and value is not None}
     content = turn.get(content_key)
@@ -207,12 +221,12 @@ def _content(content: Any, number: int) -> str:
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         for part in content:
             if part.get("type", "text") != "text":
-                raise BadRow("content that is not text", f"message {number} has a part of type {_shown(part['type'])}")
+                raise BadRow("content that is not text", f"message {number} has a part of type {shown(part['type'])}")
             if not isinstance(part.get("text"), str):
-                raise BadRow("content that is not text", f"message {number} has a part without text, {_shown(part)}")
+                raise BadRow("content that is not text", f"message {number} has a part without text, {shown(part)}")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise BadRow("content that is not text", f"message {number} has {_shown(content)}")
+        raise BadRow("content that is not text", f"message {number} has {shown(content)}")
     return content
 
 
@@ -222,12 +236,12 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise BadRow("a function call that is not JSON", f"message {number} has {_shown(value)}") from None
+            raise BadRow("a function call that is not JSON", f"message {number} has {shown(value)}") from None
     calls = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRow("a function call without a name", f"message {number} has {_shown(call)}")
+            raise BadRow("a function call without a name", f"message {number} has {shown(call)}")
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
             try:
@@ -241,10 +255,22 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
 
 def _conversation(turns: list[Message], row: Row, reading: Reading, column: str) -> Example:
     """The example, once the conversation is known to hold something to learn."""
+    turns = with_system(turns, row, reading)
+    check_answers(turns, column)
+    return {"messages": turns, "tools": tools_of(row.get("tools"))}
+
+
+def with_system(turns: list[Message], row: Row, reading: Reading) -> list[Message]:
+    """The conversation with the row's own system message or that of the options, where it has none."""
     if row.get("system") and not any(turn["role"] == "system" for turn in turns):
-        turns = [{"role": "system", "content": _text(row["system"], "system")}, *turns]
+        turns = [{"role": "system", "content": text_of(row["system"], "system")}, *turns]
     if reading.system_prompt is not None and not any(turn["role"] in ("system", "developer") for turn in turns):
         turns = [{"role": "system", "content": reading.system_prompt}, *turns]
+    return turns
+
+
+def check_answers(turns: list[Message], column: str) -> None:
+    """Raises BadRow unless the assistant says something, wherever it is to be learned."""
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     if not answers:
         raise BadRow("no assistant message", f"column `{column}`")
@@ -254,18 +280,17 @@ def _conversation(turns: list[Message], row: Row, reading: Reading, column: str)
         )
         if not said and turn.get("weight", 1) != 0 and turn.get("train", True):
             raise BadRow("empty answer", f"column `{column}`")
-    return {"messages": turns, "tools": _tools(row.get("tools"))}
 
 
-def _tools(tools: Any) -> list[Any] | None:
+def tools_of(tools: Any) -> list[Any] | None:
     """Tool descriptions as a list in OpenAI's form, from a list or JSON text."""
-    tools = _decoded(tools, "tools") if tools else None
+    tools = decoded(tools, "tools") if tools else None
     if not tools:
         return None
     if isinstance(tools, Mapping):
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow("column `tools` is not a list of tools", f"it is {_shown(tools)}")
+        raise BadRow("column `tools` is not a list of tools", f"it is {shown(tools)}")
     return [tool if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
@@ -282,14 +307,14 @@ def _renamed(row: Row, column_map: Mapping[str, str]) -> Row:
     return {**kept, **{ours: row[theirs] for ours, theirs in column_map.items()}}
 
 
-def _decoded(value: Any, column: str) -> Any:
+def decoded(value: Any, column: str) -> Any:
     """A list or object, also one written as JSON text (as in CSV files)."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError:
-        raise BadRow(f"column `{column}` is not JSON", f"it is {_shown(value)}") from None
+        raise BadRow(f"column `{column}` is not JSON", f"it is {shown(value)}") from None
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -313,28 +338,28 @@ def _check_unicode(text: str) -> None:
         raise BadRow("text that is not Unicode", f"it holds half a surrogate pair: {around!a}") from None
 
 
-def _text(value: Any, column: str) -> str:
+def text_of(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"column `{column}` is not text", f"it is {_shown(value)}")
+        raise BadRow(f"column `{column}` is not text", f"it is {shown(value)}")
     return value
 
 
-def _framed(prompt: str, reading: Reading) -> str:
+def framed(prompt: str, reading: Reading) -> str:
     return prompt if reading.prompt_template is None else reading.prompt_template.replace("{prompt}", prompt)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none"
 
 
-def _described(format: str) -> str:
-    columns = FORMATS[format].columns + tuple(f"[{name}]" for name in FORMATS[format].optional)
-    return f"{format} ({' '.join(columns)})"
+def _described(name: str, format: Format) -> str:
+    columns = ", or ".join(" ".join(columns) for columns in (format.columns, *format.others))
+    return f"{name} ({columns}{''.join(f' [{column}]' for column in format.optional)})"
 
 
 def _meant(name: str, names: Iterable[str]) -> str:
@@ -342,23 +367,28 @@ def _meant(name: str, names: Iterable[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-_PAIRS = (
-    ("question", "query", "input", "problem", "instruction", "article", "source"),
-    (
-        "answer",
-        "response",
-        "output",
-        "solution",
-        "target",
-        "summary",
-    ),
-)
+_LIKELY = {
+    "prompt": ("question", "query", "input", "problem", "instruction", "article", "source"),
+    "completion": ("answer", "response", "output", "solution", "target", "summary"),
+    "chosen": ("response_j", "preferred", "accepted", "better", "win", "chosen_response", "positive"),
+    "rejected": ("response_k", "dispreferred", "refused", "worse", "lose", "rejected_response", "negative"),
+    "label": ("desirable", "is_desirable", "liked", "thumbs_up", "class", "category"),
+    "text": ("sentence", "review", "content"),
+    "completions": ("steps", "solution_steps"),
+    "labels": ("ratings", "step_labels"),
+}
+"""What other data sets call our columns."""
 
 
-def _suggestion(row: Row) -> str:
-    """The column_map that would do, where the columns look like a prompt and its answer."""
-    prompts = [name for name in _PAIRS[0] if name in row]
-    answers = [name for name in _PAIRS[1] if name in row]
-    if not prompts or not answers:
-        return "name your columns with `column_map: {our column: your column}`; "
-    return f"perhaps `column_map: {{prompt: {prompts[0]}, completion: {answers[0]}}}`; "
+def _suggestion(row: Row, allowed: Mapping[str, Format]) -> str:
+    """The column_map that would do, where the columns look like those of a format."""
+    for format in allowed.values():
+        for columns in (format.columns, *format.others):
+            found = {
+                column: next((name for name in (column, *_LIKELY.get(column, ())) if name in row), None)
+                for column in columns
+            }
+            if len(columns) > 1 and all(found.values()):
+                mapped = ", ".join(f"{column}: {name}" for column, name in found.items() if column != name)
+                return f"perhaps `column_map: {{{mapped}}}`; "
+    return "name your columns with `column_map: {our column: your column}`; "

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.configs.data import ChatData, TextData
-from tunesmith.data.cache import Documents, Reading
-from tunesmith.data.collate import EMPTY_ROW, TokenRow, padded, token_row
+from tunesmith.configs.data import DataSection
+from tunesmith.data.cache import Reading
+from tunesmith.data.collate import EMPTY_ROW, TokenRow, padded
 from tunesmith.data.documents import Loaded, load_documents, skipped_text
 from tunesmith.data.named import resolve
-from tunesmith.data.packing import Integers, RowPlan, cut_rows, packed_rows, pieces, random_keys, single_rows
+from tunesmith.data.packing import Integers, RowPlan, random_keys
 from tunesmith.data.report import DataReport, SourceReport
+from tunesmith.data.segments import NO_ANSWER, SAME, TOO_LONG, segments_of
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.units import Units
 from tunesmith.errors import UserError
 
 
@@ -25,66 +27,32 @@ def examples(reading: Reading) -> dict[str, tuple[int, str]]:
     return {reason: (one.count, one.example) for reason, one in reading.skipped.items()}
 
 
-def joined(data: ChatData | TextData) -> bool:
-    """Whether the documents of a row see each other."""
-    return isinstance(data, TextData) and data.packed and not data.mask_documents
-
-
-class Segments:
-    """Which part of which document is trained on, and how it is laid out in rows: what chats and texts differ in."""
-
-    def __init__(self, documents: Documents, data: ChatData | TextData, max_seq_len: int):
-        self.documents, self.data, self.capacity = documents, data, max_seq_len
-        self.join = joined(data)
-        self.truncated = self.unusable = np.empty(0, np.int64)
-        if isinstance(data, TextData):
-            self.starts, self.lengths = documents.starts, documents.lengths - (0 if self.join else 1)
-            if not (data.packed and data.split_across_pack):
-                self.starts, self.lengths = pieces(self.starts, self.lengths, self.capacity)
-        else:
-            self._cut_answers()
-
-    def _cut_answers(self) -> None:
-        """Inputs up to the last label within max_seq_len tokens: what comes after has no part in the loss."""
-        documents = self.documents
-        lasts = np.array(documents.lasts)
-        self.truncated = np.flatnonzero(documents.lengths > self.capacity)
-        starts = documents.starts
-        for number in self.truncated:
-            start = int(starts[number])
-            trained = np.flatnonzero(documents.mask[start : start + self.capacity])
-            lasts[number] = trained[-1] if len(trained) else 0
-        self.unusable = np.flatnonzero(lasts == 0)
-        kept = lasts > 0
-        self.starts, self.lengths = starts[kept], lasts[kept]
-
-    def plan(self, seed: tuple[int, ...] | None) -> RowPlan:
-        """The rows of one pass; in the order of the source where `seed` is None."""
-        if not self.data.packed:
-            return single_rows(self.starts, self.lengths, seed)
-        if isinstance(self.data, TextData) and self.data.split_across_pack:
-            return cut_rows(self.starts, self.lengths, self.capacity, seed)
-        return packed_rows(self.starts, self.lengths, self.capacity, seed)
-
-    def trained(self) -> int:
-        """Labels in all segments."""
-        starts, mask = self.documents.starts, self.documents.mask
-        cut_off = sum(int(mask[starts[n] + self.capacity : self.documents.ends[n]].sum()) for n in self.truncated)
-        return int(self.documents.trained.sum()) - cut_off
-
-    def row(self, plan: RowPlan, index: int) -> TokenRow:
-        return token_row(self.documents, *plan.row(index), join=self.join)
+_NONE = {
+    NO_ANSWER: "none has an answer within",
+    TOO_LONG: "all are longer than",
+    SAME: "chosen equals rejected within",
+}
 
 
 class IndexedSource:
     """Rows by number, over endless passes: row k is row k % num_rows of pass k // num_rows."""
 
-    def __init__(self, loaded: Loaded, data: ChatData | TextData, max_seq_len: int, seed: tuple[int, ...] | None):
-        self.loaded, self.data, self.seed = loaded, data, seed
-        self.segments = Segments(loaded.documents, data, max_seq_len)
+    def __init__(
+        self,
+        loaded: Loaded,
+        data: DataSection,
+        max_seq_len: int,
+        seed: tuple[int, ...] | None,
+        units: Units | None = None,
+        offset: int | None = None,
+    ):
+        self.loaded, self.data, self.seed, self.offset = loaded, data, seed, offset
+        """`offset`: tokens of the sources before this one, where rows are to have an index."""
+        self.segments = segments_of(loaded.documents, data, max_seq_len, units)
         if not len(self.segments.starts):
+            reason = next(reason for reason, numbers in self.segments.dropped.items() if len(numbers))
             raise UserError(
-                f"no row of `{loaded.name}` can be used: none has an answer within `tokenizer.max_seq_len` = {max_seq_len} tokens"
+                f"no row of `{loaded.name}` can be used: {_NONE[reason]} `tokenizer.max_seq_len` = {max_seq_len} tokens"
                 + (f"; {skipped_text(loaded.documents.reading)}" if loaded.documents.reading.skipped else "")
             )
         self.plan = lru_cache(maxsize=2)(self._plan)
@@ -99,7 +67,7 @@ class IndexedSource:
 
     def row(self, k: int) -> TokenRow:
         number, index = divmod(k, self.num_rows)
-        return self.segments.row(self.plan(number)[0], index)
+        return self.segments.row(self.plan(number)[0], index, self.offset)
 
     def row_length(self, k: int) -> int:
         number, index = divmod(k, self.num_rows)
@@ -113,18 +81,18 @@ class IndexedSource:
         def example(numbers: Integers) -> str:
             return rows.place(int(documents.rows[numbers[0]])) if rows is not None and len(numbers) else ""
 
-        if len(segments.unusable):
-            skipped["no answer within max_seq_len"] = (len(segments.unusable), example(segments.unusable))
-        used = len(documents.ends) - len(segments.unusable)
-        cut = np.setdiff1d(segments.truncated, segments.unusable)
+        for reason, numbers in segments.dropped.items():
+            if len(numbers):
+                skipped[reason] = (len(numbers), example(numbers))
         return SourceReport(
             source=self.loaded.name,
             rows_read=reading.rows,
-            rows_used=used,
+            rows_used=segments.used,
             skipped=skipped,
-            truncated=len(cut),
-            truncated_example=example(cut),
+            truncated=len(segments.truncated),
+            truncated_example=example(segments.truncated),
             max_seq_len=segments.capacity,
+            row_capacity=segments.row_capacity,
             documents=len(segments.starts),
             tokens=int(segments.lengths.sum()),
             trained_tokens=segments.trained(),
@@ -206,18 +174,25 @@ class IndexedOrder:
         max_seq_len: int,
         seed: tuple[int, ...] | None,
         rows_per_step: int,
+        units: Units | None = None,
+        with_index: bool = False,
     ):
-        opened = []
+        opened: list[IndexedSource] = []
+        self.num_indexed = 0
         for number, data in enumerate(sources):
             data, reading = resolve(data)
-            loaded = load_documents(data, reading, tokenizer)
-            opened.append(IndexedSource(loaded, data, max_seq_len, None if seed is None else (*seed, number)))
-        self.sources, self.rows_per_step, self.max_seq_len = opened, rows_per_step, max_seq_len
+            loaded = load_documents(data, reading, tokenizer, units)
+            of_source = None if seed is None else (*seed, number)
+            offset = self.num_indexed if with_index else None
+            opened.append(IndexedSource(loaded, data, max_seq_len, of_source, units, offset))
+            self.num_indexed += len(loaded.documents.ids) if with_index else 0
+        self.sources, self.rows_per_step = opened, rows_per_step
+        self.row_capacity = max(source.segments.row_capacity for source in opened)
         self.mixture = Mixture(opened, [data.weight for data in sources] if len(sources) > 1 else [None], seed)
         self.steps_per_epoch = math.ceil(self.mixture.num_rows / rows_per_step)
-        self.packed = any(source.data.packed and not source.segments.join for source in opened)
+        self.packed = bool(units) or any(source.data.packed and not source.segments.join for source in opened)
         longest = max(source.longest for source in opened)
-        self.width = padded(longest, max_seq_len) if all(source.data.packed for source in opened) else None
+        self.width = padded(longest, self.row_capacity) if all(source.data.packed for source in opened) else None
         self.fingerprint = [
             [source.loaded.fingerprint, max_seq_len, source.data.packed, data.weight]
             for source, data in zip(opened, sources)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from tunesmith.configs.data import ChatData, TextData
+from tunesmith.configs.data import DataSection
 from tunesmith.configs.layout import rows_problem
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.data.batch import Batch
@@ -20,6 +20,7 @@ from tunesmith.data.indexed import IndexedOrder
 from tunesmith.data.report import DataReport
 from tunesmith.data.streamed import StreamedOrder
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.units import PREFERENCE_UNITS, REWARD_UNITS, Units
 from tunesmith.errors import UserError
 from tunesmith.parallel.mesh import Mesh
 
@@ -27,49 +28,91 @@ DEFAULT_MAX_SEQ_LEN = 2048
 _AHEAD = 2
 
 
-def chat_batches(config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_seq_len: int | None = None) -> Batches:
+def chat_batches(
+    config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_seq_len: int | None = None, with_index: bool = False
+) -> Batches:
     """The batches of `config.dataset`, conversations.
 
-    max_seq_len: longest row in tokens, default 2048. Raises UserError when the data can't be read or none can be used.
+    max_seq_len: longest row in tokens, default 2048. with_index: give batches extra["index"], and Batches.num_indexed.
+    Raises UserError when the data can't be read or none can be used.
     """
-    return _batches(config, _listed(config, "dataset"), tokenizer, mesh, max_seq_len, validation=False)
+    return _batches(config, "dataset", tokenizer, mesh, max_seq_len, with_index=with_index)
 
 
 text_batches = chat_batches
 """The same of plain text: the sections of `config.dataset` say which."""
 
 
+def preference_batches(
+    config: TrainSettings,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    max_seq_len: int | None = None,
+    units: str = "pairs",
+    with_index: bool = False,
+) -> Batches:
+    """The batches of `config.dataset`, preference data: whole units, each document of at most max_seq_len tokens.
+
+    units: "pairs" (chosen and rejected answers in turn), "answers" (single ones), or "answers and mismatched" (each
+    followed by its prompt with the answer to another). Documents of a row are always marked; extra["values"] says which
+    answers are desirable, or the margin of a pair.
+    """
+    return _batches(
+        config, "dataset", tokenizer, mesh, max_seq_len, units=PREFERENCE_UNITS[units], with_index=with_index
+    )
+
+
+def reward_batches(
+    config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_seq_len: int | None = None, task: str = "preference"
+) -> Batches:
+    """The batches of `config.dataset` for a model that scores: labels say at which tokens a score is read, and what it is to be.
+
+    task: "preference" (0 at the last token of each document of a pair), "classification" (the class at the last token), or
+    "process" (0 or 1 at the last token of every step). All tokens are inputs.
+    """
+    return _batches(config, "dataset", tokenizer, mesh, max_seq_len, units=REWARD_UNITS[task])
+
+
 def validation_batches(
-    config: TrainSettings, tokenizer: Tokenizer, mesh: Mesh, max_seq_len: int | None = None
+    config: TrainSettings,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    max_seq_len: int | None = None,
+    units: str | None = None,
+    task: str | None = None,
+    with_index: bool = False,
 ) -> Batches | None:
-    """The batches of `config.dataset_val`, of whichever kind; None where there is none."""
+    """The batches of `config.dataset_val`, of whichever kind; None where there is none.
+
+    units, task: of preference data and for models that score, as for training.
+    """
     if getattr(config, "dataset_val", None) is None:
         return None
-    return _batches(config, _listed(config, "dataset_val"), tokenizer, mesh, max_seq_len, validation=True)
-
-
-def _listed(config: TrainSettings, name: str) -> list[ChatData | TextData]:
-    data = getattr(config, name)
-    sources = data if isinstance(data, list) else [data]
-    if not sources:
-        raise UserError(f"`{name}` is an empty list; name at least one source")
-    return sources
+    wanted = PREFERENCE_UNITS[units] if units else REWARD_UNITS[task] if task else None
+    return _batches(config, "dataset_val", tokenizer, mesh, max_seq_len, units=wanted, with_index=with_index)
 
 
 def _batches(
     config: TrainSettings,
-    sources: list[ChatData | TextData],
+    name: str,
     tokenizer: Tokenizer,
     mesh: Mesh,
     max_seq_len: int | None,
-    validation: bool,
+    units: Units | None = None,
+    with_index: bool = False,
 ) -> Batches:
+    """`name`: the option that holds the sources."""
+    validation = name == "dataset_val"
+    section = getattr(config, name)
+    sources: list[DataSection] = section if isinstance(section, list) else [section]
+    if not sources:
+        raise UserError(f"`{name}` is an empty list; name at least one source")
     rows_per_step, batch_size = global_batch(config, mesh, validation)
     seed = None if validation or not config.shuffle else (config.seed or 0,)
     kind = StreamedOrder if any(source.streaming for source in sources) else IndexedOrder
     length = max_seq_len or DEFAULT_MAX_SEQ_LEN
-    order = mesh.node_first(lambda: kind(sources, tokenizer, length, seed, rows_per_step))
-    return Batches(order, config, mesh, tokenizer.pad_id, rows_per_step, batch_size, validation)
+    order = mesh.node_first(lambda: kind(sources, tokenizer, length, seed, rows_per_step, units, with_index))
+    return Batches(order, config, mesh, tokenizer.pad_id, rows_per_step, batch_size, validation, units)
 
 
 def global_batch(config: TrainSettings, mesh: Mesh, validation: bool = False) -> tuple[int, int]:
@@ -89,7 +132,10 @@ class Order(Protocol):
 
     steps_per_epoch: int | None
     fingerprint: list[Any]
-    max_seq_len: int
+    row_capacity: int
+    """Tokens that a row holds at most."""
+    num_indexed: int
+    """Tokens of all sources, where rows have an index; else 0."""
     width: int | None
     """Of every batch; None: as wide as its longest row."""
     packed: bool
@@ -124,8 +170,11 @@ class Batches:
         rows_per_step: int,
         batch_size: int,
         validation: bool,
+        units: Units | None = None,
     ):
-        self.order, self.mesh, self.pad_id = order, mesh, pad_id
+        self.order, self.mesh, self.pad_id, self.units = order, mesh, pad_id, units
+        self.num_indexed = order.num_indexed
+        """extra["index"] is below this; 0 where batches have none: it was not asked for, or the data is streamed."""
         self.rows_per_step, self.batch_size = rows_per_step, batch_size
         """Rows over all ranks, and of a micro-batch."""
         limit = None if validation else config.max_steps_per_epoch
@@ -144,6 +193,7 @@ class Batches:
         self._ahead: dict[int, Future[list[Batch]]] = {}
         self._worker: ThreadPoolExecutor | None = None
         parts = [*order.fingerprint, rows_per_step, config.shuffle, config.max_steps_per_epoch]
+        parts += [units.name] if units else []
         self.fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
         """Changes with anything that would change the rows of a step, but for the seed."""
 
@@ -217,10 +267,20 @@ class Batches:
         )
         most = None if self._most_rows is None else self._most_rows - step * self.rows_per_step
         rows = order.rows(epoch, step, self.mesh.dp_rank, self.mesh.dp_size, most)
-        return [
-            collate(rows[i : i + size], self.pad_id, order.packed, order.max_seq_len, order.width, self._pin)
-            for i in range(0, len(rows), size)
-        ]
+        return [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def _collate(self, rows: list[TokenRow]) -> Batch:
+        order = self.order
+        return collate(
+            rows,
+            self.pad_id,
+            order.packed,
+            order.row_capacity,
+            order.width,
+            self._pin,
+            self.units,
+            with_index=order.num_indexed > 0,
+        )
 
 
 def _total_steps(config: TrainSettings, steps_per_epoch: int | None) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.configs.data import ChatData, TextData
+from tunesmith.configs.data import DataSection, PreferenceData, RewardData, TextData
 from tunesmith.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _CONVERTED = "refs/convert/parquet"
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A Hub data set. `kind`: chat (for sft) or text (for pretrain, and for sft as plain text)."""
+    """A Hub data set. `kind`: chat (for sft), text (for pretrain, and for sft as plain text), or preference."""
 
     repository: str
     description: str
@@ -95,14 +95,37 @@ NAMED: dict[str, NamedDataset] = {
     "openhermes": NamedDataset("teknium/OpenHermes-2.5", "1 million instructions and chats", format="sharegpt"),
     "tulu3": NamedDataset("allenai/tulu-3-sft-mixture", "940,000 conversations of many kinds", format="messages"),
     "smoltalk": NamedDataset("HuggingFaceTB/smoltalk", "1 million conversations", subset="all", format="messages"),
+    # --- pairs of answers; the first two are those that torchtune names ---
+    "hh_rlhf_helpful": NamedDataset(
+        "RLHFlow/HH-RLHF-Helpful-standard",
+        "115,000 pairs of dialogues, the more helpful one chosen",
+        "preference",
+        format="preference",
+    ),
+    "stack_exchange_paired": NamedDataset(
+        "lvwerra/stack-exchange-paired",
+        "31 million pairs of answers on Stack Exchange: set `streaming: true`",
+        "preference",
+        format="preference",
+        column_map={"prompt": "question", "chosen": "response_j", "rejected": "response_k"},
+    ),
+    "hh_rlhf": NamedDataset(
+        "Anthropic/hh-rlhf", "161,000 pairs of dialogues, helpful or harmless", "preference", format="preference"
+    ),
+    "ultrafeedback": NamedDataset(
+        "HuggingFaceH4/ultrafeedback_binarized",
+        "61,000 pairs of answers, scored by GPT-4",
+        "preference",
+        split="train_prefs",
+        format="preference",
+    ),
 }
 
 
-def resolve(data: ChatData | TextData) -> tuple[ChatData | TextData, formats.Reading]:
+def resolve(data: DataSection) -> tuple[DataSection, formats.Reading]:
     """`data` with a built-in name replaced by what it stands for, and how to read its rows."""
     from tunesmith.data import formats
 
-    text = isinstance(data, TextData)
     record = None if data.reader or Path(data.source).expanduser().exists() else NAMED.get(data.source)
     column_map = {**(record.column_map if record else {}), **data.column_map}
     if isinstance(data, TextData) and data.text_column != "text":
@@ -111,9 +134,10 @@ def resolve(data: ChatData | TextData) -> tuple[ChatData | TextData, formats.Rea
     system = None if isinstance(data, TextData) else data.system_prompt
     if record is None:
         return data, formats.Reading(chosen, column_map, system)
-    if text and record.kind != "text":
+    if record.kind not in _taken(data):
+        holds, recipes = _HOLDS[record.kind]
         raise UserError(
-            f"the built-in data set `{data.source}` holds conversations, which are for sft; name another, or your own files"
+            f"the built-in data set `{data.source}` holds {holds}, which {recipes}; name another, or your own files"
         )
     own_format = "text" if record.kind == "text" else record.format
     reading = formats.Reading(chosen or own_format, column_map, system or record.system_prompt, record.prompt_template)
@@ -128,3 +152,17 @@ def resolve(data: ChatData | TextData) -> tuple[ChatData | TextData, formats.Rea
         ),
         reading,
     )
+
+
+_HOLDS = {
+    "chat": ("conversations", "are for sft"),
+    "text": ("plain texts", "are for pretrain and sft"),
+    "preference": ("pairs of answers", "are for preference tuning and reward models"),
+}
+
+
+def _taken(data: DataSection) -> tuple[str, ...]:
+    """Kinds of built-in data sets that a section takes."""
+    if isinstance(data, PreferenceData | RewardData):
+        return ("preference",)
+    return ("text",) if isinstance(data, TextData) else ("chat", "text")

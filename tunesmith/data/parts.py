@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tunesmith.configs.data import ChatData, TextData
+from tunesmith.configs.data import DataSection
 from tunesmith.data.files import Row, as_row, csv_rows, decode_line, file_kind, opened, opened_parquet
 from tunesmith.data.sources import choose_split, describe, load_hub, local_files, reader_rows
 from tunesmith.data.splits import SplitPart, parse_split
@@ -71,7 +71,7 @@ class Part:
         return self.pieces[number].read(position)
 
 
-def open_parts(data: ChatData | TextData) -> tuple[list[Part], list[Any]]:
+def open_parts(data: DataSection) -> tuple[list[Part], list[Any]]:
     """The parts of a source, and what it is known by: names and sizes, not its content.
 
     Raises UserError when there is no such source or split, and for a slice: a stream has no length.
@@ -278,7 +278,7 @@ def _json_array(path: Path) -> Iterator[Row]:
 # --- the Hub -------------------------------------------------------------------------------------
 
 
-def _hub_parts(data: ChatData | TextData, splits: list[SplitPart]) -> tuple[list[Part], list[Any]]:
+def _hub_parts(data: DataSection, splits: list[SplitPart]) -> tuple[list[Part], list[Any]]:
     if len(splits) > 1:
         raise UserError(
             f"`split: {data.split}`: a Hub data set is streamed one split at a time; list the splits as sources of their own"

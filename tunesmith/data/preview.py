@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.configs.data import ChatData, TextData
+from tunesmith.configs.data import DataSection
 from tunesmith.data.cache import Reading
 from tunesmith.data.documents import NumberedRow, RowReader, load_documents, numbered, skipped_text
 from tunesmith.data.indexed import IndexedSource
@@ -46,7 +46,7 @@ def preview(config: Any, count: int = 3, console: Console | None = None) -> None
     console.print(Text("green: in the loss" if console.is_terminal else f"{OPEN}…{CLOSE}: in the loss"))
 
 
-def preview_source(data: ChatData | TextData, tokenizer: Tokenizer, count: int, console: Console) -> None:
+def preview_source(data: DataSection, tokenizer: Tokenizer, count: int, console: Console) -> None:
     """The same for one source."""
     resolved, reading = resolve(data)
     reader = RowReader(resolved, reading, tokenizer)
@@ -84,7 +84,7 @@ def _tokenizer(config: Any) -> tuple[Any, int]:
     )
 
 
-def _rows(data: ChatData | TextData) -> Iterator[NumberedRow]:
+def _rows(data: DataSection) -> Iterator[NumberedRow]:
     if not data.streaming:
         yield from numbered(open_rows(data))
         return

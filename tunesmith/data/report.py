@@ -18,6 +18,8 @@ class SourceReport:
     truncated: int = 0
     truncated_example: str = ""
     max_seq_len: int = 0
+    row_capacity: int = 0
+    """Tokens of a packed row."""
     documents: int = 0
     """Documents a pass over the source holds; more than rows_used where long texts were cut into pieces."""
     tokens: int = 0
@@ -35,15 +37,15 @@ class SourceReport:
     @property
     def fill(self) -> float:
         """Share of a packed row that is not padding."""
-        return self.tokens / max(1, self.training_rows * self.max_seq_len)
+        return self.tokens / max(1, self.training_rows * self.row_capacity)
 
     def __str__(self) -> str:
         if self.streaming and not self.rows_read:
-            return f"{self.source}: streamed, rows of up to {self.max_seq_len:,} tokens"
+            return f"{self.source}: streamed, rows of up to {self.row_capacity:,} tokens"
         parts = [f"{self.source}: {self.rows_used:,} of {self.rows_read:,} rows used"]
         if self.packed:
             parts[0] += (
-                f", packed into {self.training_rows:,} rows of {self.max_seq_len:,} tokens ({self.fill:.1%} filled)"
+                f", packed into {self.training_rows:,} rows of {self.row_capacity:,} tokens ({self.fill:.1%} filled)"
             )
         elif self.training_rows != self.rows_used:
             parts[0] += f", cut into {self.training_rows:,}"
@@ -76,7 +78,7 @@ class DataReport:
             for name in ("rows_read", "rows_used", "truncated", "tokens", "trained_tokens", "training_rows")
         }
         packed = [source for source in self.sources if source.packed and source.training_rows]
-        room = sum(source.training_rows * source.max_seq_len for source in packed)
+        room = sum(source.training_rows * source.row_capacity for source in packed)
         return {
             **totals,
             "skipped": sum(count for source in self.sources for count, _ in source.skipped.values()),

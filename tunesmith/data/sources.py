@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.configs.data import ChatData, TextData
+from tunesmith.configs.data import DataSection
 from tunesmith.data.files import KINDS, Row, Rows, digest_of, file_kind, first_line, read_file
 from tunesmith.data.splits import SplitPart, cut, known_split, parse_split
 from tunesmith.errors import UserError, require
@@ -74,7 +74,7 @@ class Sliced:
 # --- where a source is ---------------------------------------------------------------------------
 
 
-def open_rows(data: ChatData | TextData) -> Rows:
+def open_rows(data: DataSection) -> Rows:
     """The rows that `data.source` and `data.split` name, in their order.
 
     Raises UserError when there is no such source or split, when it holds no rows, or when a file can't be read.
@@ -93,7 +93,7 @@ def open_rows(data: ChatData | TextData) -> Rows:
     return rows
 
 
-def describe(data: ChatData | TextData) -> str:
+def describe(data: DataSection) -> str:
     """The name of a source in messages."""
     return f"`{data.source}`" + (f" (split {data.split})" if data.split else "")
 
@@ -172,7 +172,7 @@ def _neighbours(path: Path) -> str:
     return "; a Hub id has the form owner/name, and `tune ls` shows the built-in names"
 
 
-def _local_rows(data: ChatData | TextData, files: dict[str, list[Path]], parts: list[SplitPart]) -> Rows:
+def _local_rows(data: DataSection, files: dict[str, list[Path]], parts: list[SplitPart]) -> Rows:
     separator = getattr(data, "document_split", None)
     if len(files) == 1 and len(next(iter(files.values()))) == 1:
         only, (path,) = next(iter(files.items()))
@@ -247,7 +247,7 @@ def _saved_splits(path: Path) -> dict[str, Rows]:
     return {str(name): HubRows(dataset, f"{path} {name}") for name, dataset in found}
 
 
-def _hub_rows(data: ChatData | TextData, parts: list[SplitPart]) -> Rows:
+def _hub_rows(data: DataSection, parts: list[SplitPart]) -> Rows:
     loaded: dict[str, Rows] = {}
     for part in parts:
         name = part.name or "train"
@@ -258,7 +258,7 @@ def _hub_rows(data: ChatData | TextData, parts: list[SplitPart]) -> Rows:
     )
 
 
-def load_hub(data: ChatData | TextData, split: str, streaming: bool = False) -> Any:
+def load_hub(data: DataSection, split: str, streaming: bool = False) -> Any:
     """A split of a Hub data set through `datasets` (its cache, token and offline mode); its errors as UserError."""
     datasets = require("datasets", "datasets", f"the Hub data set {data.source}")
     try:

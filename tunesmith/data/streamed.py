@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.configs.data import ChatData, TextData
+from tunesmith.configs.data import DataSection
 from tunesmith.data.cache import Reading
 from tunesmith.data.collate import EMPTY_ROW, TokenRow
 from tunesmith.data.documents import RowReader, skipped_text
-from tunesmith.data.indexed import Segments, apportioned, examples, joined, mixing_weights
+from tunesmith.data.indexed import apportioned, examples, mixing_weights
 from tunesmith.data.named import resolve
 from tunesmith.data.packing import shuffled
 from tunesmith.data.parts import Cursor, Part, open_parts
 from tunesmith.data.report import DataReport, SourceReport
+from tunesmith.data.segments import Segments, joined, segments_of
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.units import Units
 from tunesmith.errors import UserError
 
 _CYCLE = 1000
@@ -122,12 +124,20 @@ class PartStream:
 class StreamedSource:
     """The parts of a source; its training rows are taken from them in turn."""
 
-    def __init__(self, data: ChatData | TextData, tokenizer: Tokenizer, max_seq_len: int, seed: tuple[int, ...] | None):
+    def __init__(
+        self,
+        data: DataSection,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        seed: tuple[int, ...] | None,
+        units: Units | None = None,
+    ):
         self.name = data.source
         self.data, reading = resolve(data)
-        self.max_seq_len, self.seed = max_seq_len, seed
+        self.max_seq_len, self.seed, self.units = max_seq_len, seed, units
+        self.row_capacity = max_seq_len * (units.size if units else 1)
         parts, self.identity = open_parts(self.data)
-        self.reader = RowReader(self.data, reading, tokenizer)
+        self.reader = RowReader(self.data, reading, tokenizer, units)
         first, _ = parts[0].read(parts[0].start, 1)
         if not first:
             raise UserError(f"`{self.name}` holds no rows; check `source` and `split`")
@@ -142,14 +152,15 @@ class StreamedSource:
     def segments(self, rows: list[tuple[str, Any]]) -> tuple[Segments, Counts]:
         reading = Reading()
         documents = self.reader.collect([(number, place, row) for number, (place, row) in enumerate(rows)], reading)
-        segments = Segments(documents, self.data, self.max_seq_len)
-        if len(segments.unusable):
-            first = int(documents.rows[segments.unusable[0]])
-            reading.skip("no answer within max_seq_len", first, rows[first][0], count=len(segments.unusable))
+        segments = segments_of(documents, self.data, self.max_seq_len, self.units)
+        for reason, numbers in segments.dropped.items():
+            if len(numbers):
+                first = int(documents.rows[numbers[0]])
+                reading.skip(reason, first, rows[first][0], count=len(numbers))
         return segments, Counts(
             reading,
-            used=len(documents.ends) - len(segments.unusable),
-            truncated=len(segments.truncated) - len(segments.unusable),
+            used=segments.used,
+            truncated=len(segments.truncated),
             tokens=int(segments.lengths.sum()),
             trained=segments.trained(),
         )
@@ -184,6 +195,7 @@ class StreamedSource:
             skipped=examples(counts.reading),
             truncated=counts.truncated,
             max_seq_len=self.max_seq_len,
+            row_capacity=self.row_capacity,
             tokens=counts.tokens,
             trained_tokens=counts.trained,
             training_rows=sum(start.first for start in read),
@@ -198,23 +210,27 @@ class StreamedOrder:
 
     def __init__(
         self,
-        sources: Sequence[ChatData | TextData],
+        sources: Sequence[DataSection],
         tokenizer: Tokenizer,
         max_seq_len: int,
         seed: tuple[int, ...] | None,
         rows_per_step: int,
+        units: Units | None = None,
+        with_index: bool = False,
     ):
-        self.seed, self.rows_per_step, self.max_seq_len = seed, rows_per_step, max_seq_len
+        self.seed, self.rows_per_step = seed, rows_per_step
         self.steps_per_epoch: int | None = None
+        self.num_indexed = 0  # whatever `with_index` asks: a token of a stream has no place that is known beforehand
         self.sources = [
-            StreamedSource(data, tokenizer, max_seq_len, None if seed is None else (*seed, i))
+            StreamedSource(data, tokenizer, max_seq_len, None if seed is None else (*seed, i), units)
             for i, data in enumerate(sources)
         ]
+        self.row_capacity = max(source.row_capacity for source in self.sources)
         self.shares = mixing_weights([data.weight for data in sources], [1] * len(sources))
         self.counts = apportioned(_CYCLE, self.shares)
         packed = [source.data.packed for source in self.sources]
-        self.packed = any(source.data.packed and not joined(source.data) for source in self.sources)
-        self.width = max_seq_len if all(packed) else None
+        self.packed = bool(units) or any(source.data.packed and not joined(source.data) for source in self.sources)
+        self.width = self.row_capacity if all(packed) else None
         self.fingerprint = [
             [source.identity, source.reader.options(), max_seq_len, data.packed, data.weight, data.shuffle_buffer]
             for source, data in zip(self.sources, sources)
