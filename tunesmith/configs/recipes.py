@@ -41,6 +41,11 @@ RECIPES = {
         _recipe(
             "pretrain", "Pretrain", "Pre-training: next-token loss on plain text, from scratch or from a checkpoint."
         ),
+        _recipe(
+            "reward",
+            "Reward",
+            "Models that score: rewards from preferred answers, classes of texts, steps of an answer.",
+        ),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
         _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
     )
@@ -48,7 +53,6 @@ RECIPES = {
 
 LATER_RECIPES = {
     "preference": "preference tuning (DPO and its kin)",
-    "reward": "reward models",
     "distill": "knowledge distillation",
     "ppo": "PPO",
     "grpo": "GRPO",
