@@ -22,9 +22,7 @@ class Reward(TrainSettings):
     task: Literal["preference", "classification", "process"] = "preference"
     """preference: one reward, higher for the chosen of two answers; classification: the class of a text; process: whether each step of an answer is right."""
     num_labels: int | None = None
-    """For classification: how many classes there are, where label_names doesn't say."""
-    label_names: list[str] | None = None
-    """For classification: the names of the classes in the order of their numbers; they go into config.json."""
+    """For classification: how many classes there are, where `dataset.label_names` doesn't name them and the model doesn't have them."""
     centring_coefficient: float = 0.0
     """For preference: weight of the square of a pair's summed rewards, which draws their mean to 0 (arXiv 2312.09244); 0.01 is usual, 0 turns it off."""
 
@@ -32,22 +30,32 @@ class Reward(TrainSettings):
         yield from super().problems()
         yield from below(0, self, "centring_coefficient")
         yield from below(2, self, "num_labels")
-        names = self.label_names or []
-        if self.task == "classification":
-            if self.num_labels and names and self.num_labels != len(names):
-                yield f"`num_labels: {self.num_labels}` and `label_names`, which has {len(names)}, don't agree: leave one out"
-            if len(names) == 1 or len(set(names)) < len(names):
-                yield "`label_names` must name two classes or more, each once"
-        else:
-            for name in ("num_labels", "label_names"):
-                if getattr(self, name):
-                    yield f"`{name}` is for `task: classification`; leave it out of `task: {self.task}`"
+        named = {tuple(source.label_names) for source in self._sources if source.label_names}
+        count = len(next(iter(named), ()))
+        if self.task != "classification":
+            given = {"num_labels": self.num_labels, "label_names": named}
+            yield from (f"`{name}` is for `task: classification`; leave it out" for name in given if given[name])
+        elif len(named) > 1:
+            yield "`label_names` must be the same for all sources: they are one model's classes"
+        elif count == 1 or (count and self.num_labels not in (None, count)):
+            yield f"`label_names` names {count} class{'es' * (count > 1)}: name all {self.num_labels or 'of two or more'}"
         if self.centring_coefficient and self.task != "preference":
             yield f"`centring_coefficient` is for `task: preference`; leave it out of `task: {self.task}`"
 
     @property
     def labels(self) -> list[str] | None:
-        """Names of what is scored; None: as many as the model has."""
-        if self.task == "classification":
-            return self.label_names or (self.num_labels and [f"LABEL_{n}" for n in range(self.num_labels)]) or None
-        return ["reward"] if self.task == "preference" else ["wrong", "right"]
+        """Names of what is scored; None: those that the model has."""
+        if self.task != "classification":
+            return ["reward"] if self.task == "preference" else ["wrong", "right"]
+        named = next((source.label_names for source in self._sources if source.label_names), [])
+        return named or [f"LABEL_{number}" for number in range(self.num_labels or 0)] or None
+
+    def name_classes(self, names: list[str]) -> None:
+        """Let every source know the classes, so that labels beyond them are found when rows are read."""
+        for source in self._sources if self.task == "classification" else []:
+            source.label_names = names
+
+    @property
+    def _sources(self) -> list[RewardData]:
+        given = [data if isinstance(data, list) else [data] for data in (self.dataset, self.dataset_val) if data]
+        return [source for sources in given for source in sources]

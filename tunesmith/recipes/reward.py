@@ -2,7 +2,7 @@
 
 tune run reward model=Qwen/Qwen3-0.6B dataset.source=pairs.jsonl                                        rewards (Bradley–Terry)
 tune run reward +lora model=Qwen/Qwen3-8B dataset.source=pairs.jsonl centring_coefficient=0.01          small adapters and the head
-tune run reward task=classification label_names='[bad,good]' model=… dataset.source=texts.jsonl         one class a text
+tune run reward task=classification model=… dataset.source=texts.jsonl dataset.label_names='[bad,good]'  one class a text
 tune run reward task=process model=… dataset.source=steps.jsonl                                         right or wrong, each step
 
 The checkpoint is what transformers calls a model for sequence classification, or for token classification (process).
@@ -32,6 +32,7 @@ def main(config: Reward) -> None:
         source = find_model(config.model, classifier=True)
         tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, source.family.chat_templates)
         source = as_classifier(source, config.task, config.labels, tokenizer.pad_id)
+        config.name_classes(source.label_names)
         run.check_fit(source, tokenizer)
         length = max_sequence_length(config, source)
         data = reward_batches(config, tokenizer, run.mesh, max_seq_len=length, task=config.task)

@@ -56,6 +56,11 @@ class Source:
     """What the names of the output layer's parameters begin with, where the folder has another one or none: it is initialised."""
 
     @property
+    def label_names(self) -> list[str]:
+        """What its head scores; empty for a language model."""
+        return self.family.label_names(self.hf_config)
+
+    @property
     def tokenizer(self) -> Path | str:
         """Where its tokenizer is: the folder, or for a named size the repository."""
         return self.folder or self.repository or self.name
@@ -99,7 +104,7 @@ def as_classifier(source: Source, task: str, labels: Sequence[str] | None, pad_i
     names = names or family.label_names(source.hf_config)
     if not names:
         raise UserError(
-            f"{source.name} gets a new head: say how many classes there are, by `label_names` or `num_labels`"
+            f"{source.name} gets a new head: say how many classes there are, by `dataset.label_names` or `num_labels`"
         )
     if own is not None and (own.per_token, own.num_labels) != (per_token, len(labels or names)):
         scored = {True: "every token", False: "texts"}
