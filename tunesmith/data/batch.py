@@ -75,6 +75,43 @@ class Batch:
             extra=extra,
         )
 
+    def select(self, remainder: int, of: int) -> Batch:
+        """The documents whose number divided by `of` leaves `remainder`, such as the chosen answers: (0, 2).
+
+        They move to the left of their rows, numbered 0, 1, … as before; rows are as long as the longest needs.
+        Extra tensors that are not (B, T, …) are left out.
+        """
+        if self.documents is None:
+            raise ValueError("the documents of this batch are not marked")
+        shape = self.input_ids.shape
+        kept = (self.documents >= 0) & (self.documents % of == remainder)
+        lengths = kept.sum(1)
+        width = max(1, int(lengths.max()))
+        order = torch.argsort(~kept, dim=1, stable=True)[:, :width]
+        inside = torch.arange(width, device=order.device) < lengths[:, None]
+
+        def taken(tensor: Tensor, fill: int) -> Tensor:
+            more = (1,) * (tensor.dim() - 2)
+            index = order.reshape(*order.shape, *more).expand(*order.shape, *tensor.shape[2:])
+            return tensor.gather(1, index).masked_fill(~inside.reshape(*inside.shape, *more), fill)
+
+        documents = taken(torch.div(self.documents, of, rounding_mode="floor"), -1)
+        labels = taken(self.labels, IGNORED)
+        answers = (documents.max(1).values + 1).sum()
+        return Batch(
+            taken(self.input_ids, 0),
+            labels,
+            taken(self.positions, 0),
+            documents,
+            extra={
+                name: taken(tensor, _NOWHERE.get(name, 0))
+                for name, tensor in self.extra.items()
+                if tensor.shape[:2] == shape
+            },
+            counts={"tokens": int((labels != IGNORED).sum()), "answers": int(answers)},
+            most_documents=max(1, self.most_documents // of),
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)

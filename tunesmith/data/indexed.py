@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +32,11 @@ _NONE = {
     TOO_LONG: "all are longer than",
     SAME: "chosen equals rejected within",
 }
+
+
+def counted(units: Mapping[str, int]) -> str:
+    """{"pairs": 1000} as 1,000 pairs."""
+    return ", ".join(f"{number:,} {name}" for name, number in units.items())
 
 
 class IndexedSource:
@@ -91,6 +96,7 @@ class IndexedSource:
             skipped=skipped,
             truncated=len(segments.truncated),
             truncated_example=example(segments.truncated),
+            units=counted(segments.count()),
             max_seq_len=segments.capacity,
             row_capacity=segments.row_capacity,
             documents=len(segments.starts),

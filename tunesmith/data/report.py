@@ -18,6 +18,8 @@ class SourceReport:
     truncated: int = 0
     truncated_example: str = ""
     max_seq_len: int = 0
+    units: str = ""
+    """What the rows used are in preference data, such as 100 pairs."""
     row_capacity: int = 0
     """Tokens of a packed row."""
     documents: int = 0
@@ -43,11 +45,13 @@ class SourceReport:
         if self.streaming and not self.rows_read:
             return f"{self.source}: streamed, rows of up to {self.row_capacity:,} tokens"
         parts = [f"{self.source}: {self.rows_used:,} of {self.rows_read:,} rows used"]
+        if self.units:
+            parts[0] += f" as {self.units}"
         if self.packed:
             parts[0] += (
                 f", packed into {self.training_rows:,} rows of {self.row_capacity:,} tokens ({self.fill:.1%} filled)"
             )
-        elif self.training_rows != self.rows_used:
+        elif self.training_rows != self.rows_used and not self.units:
             parts[0] += f", cut into {self.training_rows:,}"
         parts.append(f"{self.tokens:,} tokens, {self.trained_tokens / max(1, self.tokens):.0%} in the loss")
         if self.truncated:

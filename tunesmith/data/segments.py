@@ -63,6 +63,10 @@ class Segments:
             lasts[number] = trained[-1] if len(trained) else -1
         return lasts, long
 
+    def count(self) -> dict[str, int]:
+        """Units of preference data in one pass, by what they are."""
+        return {}
+
     @property
     def used(self) -> int:
         """Rows of the source that are trained on."""
@@ -78,10 +82,14 @@ class Segments:
 
     def trained(self) -> int:
         """Labels in all segments."""
-        starts, mask, documents = self.documents.starts, self.documents.mask, self.documents
-        left_out = sum(int(documents.trained[numbers].sum()) for numbers in self.dropped.values())
-        cut_off = sum(int(mask[starts[n] + self.capacity : documents.ends[n]].sum()) for n in self.truncated)
-        return int(documents.trained.sum()) - left_out - cut_off
+        trained = self.documents.trained
+        left_out = sum(int(trained[numbers].sum()) for numbers in self.dropped.values())
+        return int(trained.sum()) - left_out - self._cut_off()
+
+    def _cut_off(self) -> int:
+        """Labels behind max_seq_len."""
+        starts, ends, mask = self.documents.starts, self.documents.ends, self.documents.mask
+        return sum(int(mask[starts[number] + self.capacity : ends[number]].sum()) for number in self.truncated)
 
     def row(self, plan: RowPlan, index: int, offset: int | None = None) -> TokenRow:
         """Row `index` of a pass; with `offset` (the tokens of the sources before this) also its index."""
@@ -132,6 +140,11 @@ class UnitSegments(Segments):
         same = [pair for pair in long if usable[pair] and np.array_equal(seen(2 * pair), seen(2 * pair + 1))]
         return np.array(same, np.int64)
 
+    def count(self) -> dict[str, int]:
+        if self.units.counted == "steps":
+            return {"steps": self.trained()}
+        return {self.units.counted: len(self.lengths_of_units)}
+
     @property
     def used(self) -> int:
         return len(np.unique(self.documents.rows[self.numbers]))
@@ -144,9 +157,7 @@ class UnitSegments(Segments):
         return packed_rows(numbers, self.lengths_of_units, self.row_capacity, seed)
 
     def trained(self) -> int:
-        starts, mask = self.documents.starts, self.documents.mask
-        cut_off = sum(int(mask[starts[n] + self.capacity : self.documents.ends[n]].sum()) for n in self.truncated)
-        return int(self.documents.trained[self.numbers].sum()) - cut_off
+        return int(self.documents.trained[self.numbers].sum()) - self._cut_off()
 
     def row(self, plan: RowPlan, index: int, offset: int | None = None) -> TokenRow:
         numbers, _ = plan.row(index)
