@@ -115,6 +115,11 @@ def adapted_config(folder: str | Path, family: Family, hf: dict[str, Any]) -> di
     return family.classifier_config(hf, labels, per_token) | {key: own[key] for key in _SCORE_KEYS if key in own}
 
 
+def brings_head(folder: str | Path) -> bool:
+    """Whether the adapter in `folder` is a classifier's, and holds its whole head."""
+    return read_adapter_config(folder).get("task_type") in _CLASSIFIERS
+
+
 def lora_options(config: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `apply_lora` (but dropout and quantize_base) that an adapter_config.json stands for."""
     return {

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.check import TOLERANCES, check_saved, verify
-from tunesmith.checkpoint.load import load_weights, read_model_config, stated_dtype
+from tunesmith.checkpoint.load import load_weights, prepare_quantized, read_model_config, stated_dtype
 from tunesmith.checkpoint.tensor_files import Outgoing, sha256_of, write_tensors, write_text
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.score import ScoreModel
 from tunesmith.models.weights import file_name
+from tunesmith.nn.int4 import Int4Linear
 from tunesmith.nn.lora import ADAPTER_PARAMETERS, LoRAHead, LoRALayer, check_mergeable, is_adapters
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.nn.quantize import NF4Linear
@@ -34,6 +35,7 @@ __all__ = [
     "explain_full_disk",
     "load_weights",
     "outgoing_weights",
+    "prepare_quantized",
     "read_model_config",
     "save_model",
     "save_tokenizer",
@@ -71,6 +73,8 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
             raise UserError(
                 f"{prefix} is held in NF4: a quantized model is not saved as a repository; load it without quantize_base and save that"
             )
+        elif isinstance(module, Int4Linear):
+            raise UserError(f"{prefix} is quantized: save the model that it was made from")
         merged = module if isinstance(module, LoRALayer) else None
         for leaf, parameter in module.named_parameters(recurse=False):
             if leaf in ADAPTER_PARAMETERS:

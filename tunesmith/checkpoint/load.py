@@ -20,9 +20,11 @@ from tunesmith.models.decoder import CausalLM
 from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.models.weights import model_name
 from tunesmith.nn.head import Head
+from tunesmith.nn.int4 import QDATA, apply_int4
 from tunesmith.nn.lora import ADAPTER_PARAMETERS
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, shard_rows
 from tunesmith.nn.quantize import BLOCK_SIZE, NF4Linear, quantize_nf4
+from tunesmith.nn.scheme import Scheme
 
 
 def read_model_config(folder: str | Path) -> tuple[dict[str, Any], Family, DecoderConfig]:
@@ -115,6 +117,14 @@ def _targets(model: nn.Module) -> dict[str, _Target]:
             if leaf not in ADAPTER_PARAMETERS and not (quantized and leaf == "weight_nf4"):
                 found[f"{prefix}.{leaf}"] = _Target(module, leaf, parts[f"{prefix}.{leaf}"], False)
     return found
+
+
+def prepare_quantized(model: CausalLM, folder: str | Path) -> None:
+    """Let the layers whose weights are quantized in `folder` (see `nn.int4`) take them as they are; without values, like the rest."""
+    content = model.hf_config.get("quantization_config")
+    if content:
+        names = [name.removesuffix(f".{QDATA}") for name in find_weights(Path(folder)) if name.endswith(f".{QDATA}")]
+        apply_int4(model, names, Scheme.of_config(content))
 
 
 def load_weights(

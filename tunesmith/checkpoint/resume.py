@@ -65,6 +65,8 @@ class Checkpoints:
     ):
         self.folder = run_folder / "checkpoints"
         self.counters: dict[str, Any] = {}
+        self.running: dict[str, float] = {}
+        """What a method adds up over the run."""
         self.last_saved: int | None = None
         self._stage_model, self._optimizer, self._data, self._mesh = stage_model, optimizer, data, mesh
         self._fingerprint, self._keep_last = fingerprint, keep_last
@@ -91,6 +93,7 @@ class Checkpoints:
             "fingerprint": self._fingerprint,
             "layout": self._layout,
             "counters": dict(self.counters),
+            "running": dict(self.running),
             "data": self._data.merged(self._mesh.ranks.gather(self._data.state())),
             "optimizer": _merged(self._mesh.ranks.gather(values)),
             "python_random": random.getstate(),
@@ -179,6 +182,8 @@ class Checkpoints:
         )
         self._data.load_state(state["data"])
         self.counters = dict(state["counters"])
+        self.running.clear()
+        self.running |= state.get("running", {})
         accelerator.set_rng_state(self._mesh.device, self._own_generators(stored))
         version, internal, gauss = state["python_random"]
         random.setstate((version, tuple(internal), gauss))

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from tunesmith.cli import take_flags
+from tunesmith.configs import grid
 from tunesmith.configs import torchtune_names as torchtune
 from tunesmith.configs.recipes import LATER_RECIPES, RECIPES, Recipe, find_recipe, overlays
 from tunesmith.errors import UserError
@@ -44,6 +45,12 @@ def _show_all() -> None:
     from tunesmith.models.families import named_sizes
 
     _section("RECIPES", {recipe.name: recipe.summary for recipe in RECIPES.values()})
+    print(
+        "GRID   every method trains every kind of weights, on every layout: one process, FSDP, copies, tensor, context, pipeline"
+    )
+    for line in grid.plain():
+        print(f"  {line}")
+    print()
     _section("OVERLAYS", {f"+{name}": text for name, text in overlays().items()})
     print(
         "MODELS   any folder or Hub id of these families; the named sizes also train from scratch (pretrain model=llama3_2/1B)"

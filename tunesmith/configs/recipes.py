@@ -42,6 +42,11 @@ RECIPES = {
             "pretrain", "Pretrain", "Pre-training: next-token loss on plain text, from scratch or from a checkpoint."
         ),
         _recipe(
+            "preference",
+            "Preference",
+            "Preference tuning: raise preferred answers over rejected ones (DPO and its kin).",
+        ),
+        _recipe(
             "reward",
             "Reward",
             "Models that score: rewards from preferred answers, classes of texts, steps of an answer.",
@@ -52,7 +57,6 @@ RECIPES = {
 }
 
 LATER_RECIPES = {
-    "preference": "preference tuning (DPO and its kin)",
     "distill": "knowledge distillation",
     "ppo": "PPO",
     "grpo": "GRPO",
@@ -61,7 +65,6 @@ LATER_RECIPES = {
 }
 
 LATER_OVERLAYS = {
-    "qat": "quantization-aware training (QAT)",
     "fp8": "fp8 training",
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.nn.config import RopeConfig
+from tunesmith.nn.scheme import Scheme
 
 HARMLESS = frozenset(
     """
@@ -36,7 +37,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, []),
     "tie_encoder_decoder": (False,),
     "clip_qkv": (),
-    "quantization_config": (),
     "attn_logit_softcapping": (),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -182,6 +182,9 @@ class ConfigJson:
     def finish(self) -> None:
         for key, value in self.hf.items():
             if key in self.taken or key in HARMLESS or key.startswith("_") or value is None:
+                continue
+            if key == "quantization_config":
+                Scheme.of_config(value)  # how numbers are held, not the shape: `checkpoint.load` heeds it
                 continue
             if key not in OFF:
                 raise UserError(

@@ -116,3 +116,14 @@ class Family:
         inner = [name for name in plan if "*" in name]
         names = [name.replace("*", str(layer)) for layer in range(num_hidden_layers) for name in inner]
         return names + [name for name in plan if "*" not in name], [name for name in plan if plan[name] == "head"]
+
+    def linear_inputs(self, shape: DecoderConfig) -> dict[str, tuple[int, bool]]:
+        """{linear layer, with * for a layer's number: (its inputs, whether tensor parallelism cuts them)}; the output layer is none."""
+        found = {}
+        for name, word in self.tp_plan.items():
+            if word == "rowwise":
+                heads = shape.num_attention_heads * shape.head_dim
+                found[name] = (heads if ".self_attn." in name else shape.intermediate_size, True)
+            elif word not in (*_NOT_LINEAR, "head"):
+                found[name] = (shape.hidden_size, False)
+        return found

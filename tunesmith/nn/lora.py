@@ -184,7 +184,7 @@ class LoRAHead(LoRALayer, Head):
 _PLAIN = {LoRALinear: Linear, NF4LoRALinear: NF4Linear, LoRAHead: Head}
 
 
-def _retyped(module: nn.Module, kind: type[M]) -> M:
+def retyped(module: nn.Module, kind: type[M]) -> M:
     """A module of class `kind` with the attributes, parameters and hooks of `module`."""
     copy = kind.__new__(kind)
     copy.__dict__.update(
@@ -195,13 +195,13 @@ def _retyped(module: nn.Module, kind: type[M]) -> M:
 
 def _with_adapter(module: nn.Module, lora: LoRA, dtype: torch.dtype | None) -> LoRALayer:
     if isinstance(module, NF4Linear):
-        layer, weight_dtype, device = _retyped(module, NF4LoRALinear), module.compute_dtype, module.weight_nf4.device
+        layer, weight_dtype, device = retyped(module, NF4LoRALinear), module.compute_dtype, module.weight_nf4.device
         outputs, inputs = module.weight_shapes()["weight"]
     else:
         weight = module.matrix if isinstance(module, Head) else module.weight
         assert isinstance(weight, Tensor)
         layer, weight_dtype, device = (
-            _retyped(module, LoRAHead if isinstance(module, Head) else LoRALinear),
+            retyped(module, LoRAHead if isinstance(module, Head) else LoRALinear),
             weight.dtype,
             weight.device,
         )
@@ -258,7 +258,7 @@ def apply_lora(
             use_dora=use_dora,
             use_rslora=use_rslora,
         )
-        _replace(model, name, _with_adapter(module, lora, dtype))
+        replace_module(model, name, _with_adapter(module, lora, dtype))
     for module in filter(_is_trained_whole, model.modules()):
         module.to(dtype)
     return names
@@ -271,7 +271,7 @@ def _of_pattern(patterns: dict[str, V] | None, name: str, default: V) -> V:
     return default
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
@@ -364,7 +364,7 @@ def merge_lora(model: nn.Module) -> list[str]:
         check_mergeable(name, layer)
         weight = layer.base_weight()
         merged = nn.Parameter(layer.merged_weight().to(weight.dtype), requires_grad=weight.requires_grad)
-        plain = _retyped(layer, _PLAIN[type(layer)])
+        plain = retyped(layer, next(_PLAIN[kind] for kind in type(layer).__mro__ if kind in _PLAIN))
         for attribute in (*ADAPTER_PARAMETERS, "weight"):
             plain._parameters.pop(attribute, None)
         for attribute in ("lora", "adapter_enabled"):
@@ -372,7 +372,7 @@ def merge_lora(model: nn.Module) -> list[str]:
         if isinstance(plain, Head):
             plain._tied_to = (None,)
         plain.weight = merged
-        _replace(model, name, plain)
+        replace_module(model, name, plain)
     return list(layers)
 
 

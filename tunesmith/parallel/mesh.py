@@ -102,6 +102,12 @@ class Mesh:
         """Largest of each of `values` over all ranks along `axes`."""
         return self._reduce(values, axes, dist.ReduceOp.MAX)
 
+    def sum_tensor(self, tensor: Tensor, axes: Sequence[str] = DATA) -> None:
+        """The same of a tensor on the host, in place and in its own number type."""
+        for axis in axes:
+            if self.size(axis) > 1:
+                dist.all_reduce(tensor, group=self.group(axis))
+
     def _reduce(self, values: Sequence[float], axes: Sequence[str], operator: Any) -> list[float]:
         totals = torch.tensor(values, dtype=torch.float64)  # on the host: gloo serves it on every device
         for axis in axes:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tunesmith.configs.layout import split_block
 from tunesmith.errors import UserError
 from tunesmith.nn.attention import Sight
-from tunesmith.nn.collectives import Group, copied, gathered, scattered_sum, shared_sum, summed
+from tunesmith.nn.collectives import Group, copied, gathered, largest, scattered_sum, shared_sum, summed
+from tunesmith.nn.fake_quantize import FakeQuantizedLayer, FakeQuantizedLinear
 from tunesmith.nn.head import Head, VocabularyShard
 from tunesmith.nn.linear import linear
 from tunesmith.nn.lora import LoRALayer
@@ -206,6 +207,8 @@ def _rewire(module: nn.Module, word: str, split: _Split) -> None:
         module.shard = VocabularyShard(*even(module.vocab_size, split.group), split.group)
     elif word == "all_heads":
         _norm_over_all(module, split.group)  # type: ignore[arg-type]
+    if isinstance(module, FakeQuantizedLayer) and word == "rowwise":
+        module.over_tokens = lambda reach: largest(reach, split.group)
     if isinstance(module, LoRALayer) and word == "rowwise":
         module.over_inputs = lambda lengths: summed(lengths.square(), split.group).sqrt()
 
@@ -219,7 +222,7 @@ def _sum_outputs(module: Any, split: _Split) -> None:
 
 
 def _without_bias(module: Any, x: Tensor) -> Tensor:
-    if isinstance(module, LoRALayer):
+    if isinstance(module, (LoRALayer, FakeQuantizedLinear)):
         return module.project(x)
     return module.project_quantized(x) if isinstance(module, NF4Linear) else linear(x, module.weight)
 

@@ -13,8 +13,8 @@ import torch
 
 from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
-from tunesmith.checkpoint.hf import load_weights, read_model_config, stated_dtype
-from tunesmith.configs.shared import LoRAWeights, TrainSettings
+from tunesmith.checkpoint.hf import load_weights, prepare_quantized, read_model_config, stated_dtype
+from tunesmith.configs.shared import QAT, LoRAWeights, TrainSettings
 from tunesmith.data.loader import DEFAULT_MAX_SEQ_LEN
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
@@ -22,13 +22,14 @@ from tunesmith.models import families
 from tunesmith.models.decoder import CausalLM, build
 from tunesmith.models.family import Family
 from tunesmith.models.initialize import initialize
-from tunesmith.models.score import ScoreModel
+from tunesmith.nn.fake_quantize import apply_fake_quantization, set_rounding
 from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
 from tunesmith.nn.quantize import quantize_linear_layers
+from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
-from tunesmith.training.preflight import check_vocabulary, warn_of_another_base
+from tunesmith.training.preflight import check_trainable, check_vocabulary, warn_of_another_base
 
 logger = logging.getLogger(__name__)
 
@@ -163,11 +164,12 @@ def construct_model(
     """The model of a run on the meta device, adapters on it, and the first row of its embedding that is new (None: none).
 
     It takes a moment and reads no weights, but needs all of them to fit: raises UserError where the device lacks the
-    number type, the tokenizer has more tokens than the embedding rows, `weights.target_modules` names no layer, or the
+    number type, the model is quantized, the tokenizer has more tokens than the embedding rows, `weights.target_modules` names no layer, or the
     adapter to go on from was made for another model.
     """
     if config.dtype == "bf16" and not supports_bf16(mesh.device):
         raise UserError(f"{mesh.device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
+    check_trainable(source.hf_config, source.name)
     lora = config.weights if isinstance(config.weights, LoRAWeights) else None
     dtype = DTYPES[config.dtype] if lora else trained_dtype(config)
     rows = source.family.read_config(source.hf_config).vocab_size
@@ -178,6 +180,9 @@ def construct_model(
         model = build(hf_config, source.family, source.family.read_config(hf_config))
     if lora:
         _apply(model, lora, resume_from)
+    if config.qat:
+        apply_fake_quantization(model, scheme_of(config.qat))
+        set_rounding(model, config.qat.fake_quant_after_n_steps == 0)  # until `Run.steps` knows the step
     return model, rows if grows else None
 
 
@@ -205,6 +210,11 @@ def build_frozen(
     assert source.folder is not None, "a frozen model has weights"
     load_weights(model, source.folder, source.family, new_rows_from=rows if grows else None)
     return model.eval()
+
+
+def scheme_of(qat: QAT) -> Scheme:
+    """What the layers of a run compute with."""
+    return Scheme(qat.type, qat.group_size)
 
 
 def trained_dtype(config: TrainSettings) -> torch.dtype:
@@ -270,7 +280,7 @@ def load_model(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         if adapter is not None:
             raise UserError(f"{path} is an adapter itself: give its base as the model, or no second adapter")
-        adapter, folder = folder, _base_of(folder, base)
+        adapter, folder = folder, base_of(folder, base)
         path = base or folder
     hf_config, family, decoder_config = read_model_config(folder)
     adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
@@ -279,6 +289,11 @@ def load_model(
     wanted = _dtype(dtype) if dtype is not None else stated_dtype(hf_config)
     with torch.device("meta"), default_dtype(wanted):
         model = build(hf_config, family, decoder_config)
+    prepare_quantized(model, folder)
+    if hf_config.get("quantization_config") and (adapter is not None or quantize_base):
+        raise UserError(
+            f"{path} is quantized: neither `quantize_base` nor an adapter goes with it; take the model it was made from"
+        )
     if adapter_folder is not None:
         if warning := warn_of_another_base(adapter_folder, str(path)):
             logger.warning("%s", warning)
@@ -286,10 +301,10 @@ def load_model(
     elif quantize_base:
         quantize_linear_layers(model)
     place = pick_device(str(device))
-    is_scored = isinstance(model, ScoreModel) and adapter_folder is not None  # whose head is the adapter's
-    load_weights(model, folder, family, device=place, without="score." if is_scored else None)
+    brings_head = adapter_folder is not None and peft.brings_head(adapter_folder)
+    load_weights(model, folder, family, device=place, without=f"{model.head_name}." if brings_head else None)
     model.init_buffers(place)
-    if is_scored:
+    if brings_head:
         model.head.to_empty(device=place)
     if adapter_folder is not None:
         reset_adapters(model, 0, place)
@@ -297,7 +312,8 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def _base_of(adapter: Path, base: str | Path | None) -> Path:
+def base_of(adapter: Path, base: str | Path | None) -> Path:
+    """The folder of the base of the adapter in a folder: `base`, or the one it names."""
     name = str(base) if base is not None else peft.read_adapter_config(adapter).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter} doesn't name its base model: give it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import struct
@@ -18,6 +19,7 @@ from tunesmith.configs.shared import TOO_EARLY
 from tunesmith.configs.stages import micro_batch_problems, stage_layers
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import fingerprint_folder, follow_latest, read_json, read_weight_map
+from tunesmith.nn.scheme import INTEGER_TYPES
 from tunesmith.remote import is_remote
 
 if TYPE_CHECKING:
@@ -290,7 +292,9 @@ def _fit(config: Any, notes: list[str]) -> Iterator[str]:
         if (found := _shape(config)) is None:
             return
         family, shape = found
+        check_trainable(_config_json(config), config.model)
         yield from layout_problems(config, shape)
+        yield from group_problems(config, family, shape)
         if config.weights.type == "lora" and config.weights.adapter is None:
             choose_layers(*family.adaptable_layers(shape.num_hidden_layers), config.weights.target_modules)
         check_vocabulary(config, config.model, shape.vocab_size, _count_tokens(config, shape.vocab_size))
@@ -301,6 +305,42 @@ def _fit(config: Any, notes: list[str]) -> Iterator[str]:
     notes += filter(None, (warn_of_length(config, shape), unloadable))
 
 
+def _reference(config: Any, notes: list[str]) -> Iterator[str]:
+    """The model that a preference method compares with, where another one is named."""
+    from tunesmith.models.families import model_config
+
+    name = _get(config, "reference", "model")
+    if name is None:
+        return
+    folder = follow_latest(Path(name).expanduser())
+    if not folder.exists():
+        yield from _not_a_folder("reference.model", name, notes)
+        return
+    problems = list(_model_folder(folder, weights=True))
+    yield from (f"`reference.model`: {problem}" for problem in problems)
+    try:
+        if not problems and (ours := _shape(config)) is not None:
+            _, family, shape = model_config(folder)
+            check_reference(config.model, ours, name, (family, shape))
+    except UserError as error:
+        yield str(error)
+
+
+def check_reference(
+    model: str, ours: tuple[Family, DecoderConfig], name: str, other: tuple[Family, DecoderConfig]
+) -> None:
+    """Raise UserError where the reference `name` is not a model of the shape and vocabulary of the one that is trained."""
+    (family, shape), (their_family, theirs) = ours, other
+    pairs = {"family": (family.name, their_family.name)}
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    pairs |= {size: (getattr(shape, size), getattr(theirs, size)) for size in sizes}
+    if different := [f"its {size} is {their} instead of {own}" for size, (own, their) in pairs.items() if own != their]:
+        raise UserError(
+            f"`reference.model`: {name} is another kind of model than {model}: {', '.join(different)}; a reference is the trained model "
+            "at an earlier time, such as the one that training starts from"
+        )
+
+
 def layout_problems(config: Any, shape: DecoderConfig) -> Iterator[str]:
     """One sentence for everything of the model's `shape` that the layout of a run that trains can't cut."""
     yield from Layout.of(config).problems(shape, quantized=bool(_get(config, "weights", "quantize_base")))
@@ -309,11 +349,57 @@ def layout_problems(config: Any, shape: DecoderConfig) -> Iterator[str]:
             stage_layers(config, shape.num_hidden_layers)
         except UserError as error:
             yield str(error)
-        if shape.tie_word_embeddings and not hasattr(config, "task") and config.optimizer.type == "adamw_8bit":
+        has_own_head = hasattr(config, "task")  # one that scores
+        if shape.tie_word_embeddings and not has_own_head and config.optimizer.type == "adamw_8bit":
             yield (
                 "`optimizer.type: adamw_8bit` can't be combined with `pipeline_parallel_dim` where the model's head is tied to its "
                 "embedding: each rank keeps such states for itself, and one of the two could not be resumed; use adamw"
             )
+
+
+def group_problems(config: Any, family: Family, shape: DecoderConfig) -> Iterator[str]:
+    """One sentence for the linear layers whose inputs `qat` can't cut into groups, or tensor parallelism would cut inside a group."""
+    qat = config.qat
+    if qat is None:
+        return
+    if qat.type not in INTEGER_TYPES:
+        yield (
+            f"`qat.type: {qat.type}` needs a device that multiplies 8-bit floating-point numbers, to convert and check the model on, and "
+            f"none is supported yet: take {' or '.join(INTEGER_TYPES)}"
+        )
+        return
+    layers = family.linear_inputs(shape)
+    uneven = [name for name, (inputs, _) in layers.items() if inputs % qat.group_size]
+    if uneven and (not qat.skip_indivisible or len(uneven) == len(layers)):
+        named = ", ".join(f"{name} ({layers[name][0]})" for name in uneven)
+        fitting = math.gcd(*(inputs for inputs, _ in layers.values()))
+        cure = f"take {_largest_divisor(fitting, qat.group_size)}, or another divisor of {fitting}"
+        if len(uneven) < len(layers):
+            cure += "; or leave such layers as they are with `qat.skip_indivisible: true`"
+        yield f"`qat.group_size` = {qat.group_size} does not divide the inputs of {named}: {cure}"
+        return
+    tp = config.tensor_parallel_dim
+    for name, (inputs, is_cut) in layers.items():
+        if is_cut and inputs % qat.group_size == 0 and inputs % tp == 0 and inputs // tp % qat.group_size:
+            yield (
+                f"`qat` keeps `group_size` = {qat.group_size} weights together, and `tensor_parallel_dim: {tp}` would cut the "
+                f"{inputs} inputs of {name} into {inputs // tp} for each rank: take fewer ranks, or smaller groups"
+            )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(size for size in range(1, min(number, most) + 1) if number % size == 0)
+
+
+def check_trainable(hf_config: dict[str, Any], model: str) -> None:
+    """Raise UserError where the weights are quantized: what was rounded can't take small steps."""
+    if hf_config.get("quantization_config"):
+        raise UserError(f"{model} is quantized, and can't be trained: name the model it was made from")
+
+
+def _config_json(config: Any) -> dict[str, Any]:
+    file = follow_latest(Path(config.model).expanduser()) / "config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def _shape(config: Any) -> tuple[Family, DecoderConfig] | None:
@@ -586,4 +672,4 @@ def _get(config: Any, section: str, option: str) -> Any:
     return getattr(getattr(config, section, None), option, None)
 
 
-_PARTS = (_model, _adapters, _fit, _tokenizer, _data, _output, _layout, _packages)
+_PARTS = (_model, _adapters, _fit, _reference, _tokenizer, _data, _output, _layout, _packages)

@@ -31,6 +31,7 @@ import torch
 import tunesmith
 from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
+from tunesmith.checkpoint.check import TOLERANCES, check_rounded_logits, logits_from_files, probe_logits
 from tunesmith.checkpoint.hf import check_saved, stage_repository
 from tunesmith.checkpoint.resume import (
     Checkpoints,
@@ -41,15 +42,17 @@ from tunesmith.checkpoint.resume import (
 )
 from tunesmith.config import dump_config
 from tunesmith.configs.layout import Layout
-from tunesmith.configs.shared import LoRAWeights, TrainSettings
+from tunesmith.configs.shared import QAT, LoRAWeights, TrainSettings
 from tunesmith.data.report import DataReport
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
+from tunesmith.nn.fake_quantize import set_rounding
 from tunesmith.nn.lora import freeze_base
 from tunesmith.parallel.device import pick_device
 from tunesmith.parallel.mesh import DATA, Mesh, Ranks, start_mesh, stop_mesh
-from tunesmith.training.build import Source, construct_model
+from tunesmith.training.build import DTYPES, Source, construct_model, scheme_of
+from tunesmith.training.convert import quantize_repository
 from tunesmith.training.flops import training_flops
 from tunesmith.training.folder import check_shared, claim, environment, unclaim
 from tunesmith.training.garbage import GarbageCollection
@@ -57,6 +60,7 @@ from tunesmith.training.meter import Meter
 from tunesmith.training.metrics import Metrics
 from tunesmith.training.preflight import (
     check,
+    group_problems,
     layout_problems,
     warn_of_another_base,
     warn_of_length,
@@ -103,12 +107,15 @@ class Run:
         self._checkpoints: Checkpoints | None = None
         self._data: Any = None
         self._check_saved: Callable[[Path], float | None] | None = None
+        self._model: Any = None
+        self._base: Path | None = None
 
     def check_fit(self, source: Source, tokenizer: Tokenizer) -> None:
         """Before data are read: raise UserError where model, tokenizer, adapter and layout don't fit together, warn where they may not."""
         self._watchdog.at(0, "reading model and data")
         shape = source.family.read_config(source.hf_config)
-        if problems := list(layout_problems(self.config, shape)):
+        problems = [*layout_problems(self.config, shape), *group_problems(self.config, source.family, shape)]
+        if problems:
             raise UserError("\n".join(problems))
         model, _ = construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
         if isinstance(self.config.weights, LoRAWeights):
@@ -130,6 +137,11 @@ class Run:
         assert self._checkpoints is not None, "call keep() first"
         self._total = total
         done = self._checkpoints.restore(self.resume_from) if self.resume_from else 0
+        if (qat := self.config.qat) and qat.fake_quant_after_n_steps >= total:
+            raise UserError(
+                f"`qat.fake_quant_after_n_steps` = {qat.fake_quant_after_n_steps} leaves none of the run's {total} steps to be "
+                "trained with rounding: take fewer, or train longer"
+            )
         planned = self._checkpoints.counters.get("total_steps", total)
         self._checkpoints.counters["total_steps"] = total
         self._record()
@@ -150,6 +162,7 @@ class Run:
         with tracing as trace, stop_on_signal(self._ask_to_stop):
             for step in range(done + 1, total + 1):
                 self._watchdog.at(step, "beginning")
+                self._begin_rounding(step)
                 self._meter.start_step()
                 yield step
                 trace.step()
@@ -162,6 +175,12 @@ class Run:
             self._garbage.stop()
             self._checkpoints.wait()  # a signal must not end the process while the last one is written
             self._agree_to_end()
+
+    def _begin_rounding(self, step: int) -> None:
+        """Before a step of quantization-aware training: whether it computes with rounded numbers depends on its number alone."""
+        qat = self.config.qat
+        if qat and set_rounding(self._model, step > qat.fake_quant_after_n_steps) and qat.fake_quant_after_n_steps:
+            self.note(f"from step {qat.fake_quant_after_n_steps + 1} on, numbers are rounded ({qat.type})")
 
     def _ask_to_stop(self, number: int) -> None:
         self._signal = number
@@ -176,6 +195,12 @@ class Run:
             # Said only now: torchrun also sends SIGTERM to the ranks that are left when one has died.
             self.note("asked to end: saving (once more ends at once, without saving)")
         return self._ending is not None
+
+    @property
+    def running(self) -> dict[str, float]:
+        """Statistics of a method that go on over the whole run: what is written here is saved and resumed with it."""
+        assert self._checkpoints is not None, "call keep() first"
+        return self._checkpoints.running
 
     @property
     def has_begun(self) -> bool:
@@ -283,7 +308,7 @@ class Run:
         )
         check = peft.check_saved_adapter if adapter else partial(check_saved, ranks=self.mesh.ranks)
         self._check_saved = lambda folder: check(model, folder)
-        self._data = data
+        self._data, self._model, self._base = data, model, source.folder if adapter else None
 
     def _fingerprint(self, source: Source, data: Any) -> dict[str, Any]:
         """What must not change between a stop and a resume, or the numbers would."""
@@ -309,8 +334,12 @@ class Run:
         self._progress.close()
         step = self._checkpoints.last_saved
         folder = self.folder / "checkpoints" / f"step-{step:08d}"
+        quantized = None
         if not self.stopped:
+            rounded = set_rounding(self._model, False)  # a checkpoint holds plain numbers
             self._check_saved(folder)
+            set_rounding(self._model, rounded)
+            quantized = self._quantize(self.config.qat, folder) if self.config.qat else None
         position = self._data.merged(self.mesh.ranks.gather(self._data.state()))
         if self.mesh.is_main:
             self._record_data(self._data.report_at(position))  # of a stream only now it is known
@@ -319,12 +348,33 @@ class Run:
                 f"{'saved' if self._ending is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
                 file=sys.stderr,
             )
+            if quantized:
+                print(quantized, file=sys.stderr)
         if self._ending is not None and self.mesh.is_main:
             print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
         self.mesh.ranks.barrier()  # torchrun ends all when one ends with a signal's exit code: not before the report is written
         if self._ending is not None:
             raise SystemExit(128 + self._ending)
         return folder
+
+    def _quantize(self, qat: QAT, checkpoint: Path) -> str:
+        """Write the model of a checkpoint, quantized, to quantized/ and compare it with the one that was trained; what to say of it."""
+        self._watchdog.at(self._total, "quantizing")
+        scheme, target = scheme_of(qat), self.folder / "quantized"
+        dtype, device = DTYPES[self.config.dtype], self._model.model.device
+        set_rounding(self._model, True)
+        ours = probe_logits(self._model)
+
+        def write() -> str:
+            written = quantize_repository(checkpoint, target, scheme, dtype, self._base)
+            tolerance = max(TOLERANCES[dtype], 1e-2)
+            difference = check_rounded_logits(ours, logits_from_files(target, device), tolerance, str(target))
+            return (
+                f"quantized ({scheme}): {target}, weights of {_size(written.size)} instead of {_size(written.plain_size)} in {self.config.dtype}; "
+                f"read back, its logits differ from the trained model's by {difference:.1e} of their size"
+            )
+
+        return self.mesh.ranks.from_main(write)
 
     def close(self) -> None:
         """Let go of files and threads, also after an error; only a save that is under way is brought to its end."""
@@ -334,6 +384,10 @@ class Run:
             self._metrics.close()
         if self._checkpoints is not None:
             self._checkpoints.close()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 @contextlib.contextmanager
@@ -451,6 +505,7 @@ def _fixed_settings(config: TrainSettings, recipe: str) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "weights": weights,
+        "qat": vars(config.qat) if config.qat else None,
         "optimizer": config.optimizer.type,
         "dtype": config.dtype,
         "seed": config.seed,
