@@ -94,7 +94,7 @@ def _is_cached(repo: str) -> bool:
     return any((cache / f"models--{repo.replace('/', '--')}" / "snapshots").glob("*/*"))
 
 
-def _model_folder(folder: Path, weights: bool, classifier: bool) -> Iterator[str]:
+def _model_folder(folder: Path, weights: bool, classifier: bool = False) -> Iterator[str]:
     from tunesmith.models.families import check_speaks, model_config
 
     if not (folder / "config.json").is_file():
