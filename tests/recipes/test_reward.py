@@ -16,7 +16,8 @@ from tests.recipes.test_layouts import run_recipe as run_on_rank
 from tunesmith.config import load_config
 from tunesmith.errors import UserError
 from tunesmith.losses.reward import bradley_terry, class_cross_entropy
-from tunesmith.training.preflight import check
+from tunesmith.models.families import all_families
+from tunesmith.training.preflight import check, warn_of_unloadable
 
 WEIGHTS = {
     "full": [],
@@ -357,13 +358,19 @@ def test_labels_that_don_t_fit(more, message, tmp_path, tiny_model, files):
     task = "classification" if "task=classification" in more else "preference"
     words = ["reward", f"model={tiny_model}", f"dataset.source={files[task]}", f"output_dir={tmp_path / 'run'}", *more]
     with pytest.raises(UserError, match=message):
-        tunesmith.run(load_config(*words, "device=cpu", "dtype=fp32"))
+        check(load_config(*words, "device=cpu", "dtype=fp32"))
 
 
 def test_another_task_than_the_model_s(reward_model, tmp_path, files):
     words = ["reward", f"model={reward_model}", f"dataset.source={files['process']}", f"output_dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match="scores texts with 1 label, and `task: process` every token with 2"):
-        tunesmith.run(load_config(*words, "task=process", "device=cpu", "dtype=fp32"))
+        check(load_config(*words, "task=process", "device=cpu", "dtype=fp32"))
+
+
+def test_what_transformers_will_not_load_is_said():
+    [olmo] = [family for family in all_families() if family.name == "olmo2"]
+    assert warn_of_unloadable(olmo, per_token=False) is None
+    assert "transformers has no Olmo2ForTokenClassification" in str(warn_of_unloadable(olmo, per_token=True))
 
 
 def test_a_class_beyond_the_last_is_no_row(tmp_path, tiny_model):

@@ -29,7 +29,7 @@ from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
-from tunesmith.training.preflight import check_trainable, check_vocabulary, warn_of_another_base
+from tunesmith.training.preflight import check_trainable, check_vocabulary, labels_of, warn_of_another_base
 
 logger = logging.getLogger(__name__)
 
@@ -97,25 +97,15 @@ _PROBLEMS = {"preference": "regression", "classification": "single_label_classif
 def as_classifier(source: Source, task: str, labels: Sequence[str] | None, pad_id: int) -> Source:
     """The same model with a head for a task of `tune run reward`: its own, where it has such a one, or a new one.
 
-    labels: names of what is scored, None: as many as it has. pad_id: what stands behind the last token of a text. Raises
-    UserError for a model that scores something else, or where the number of labels isn't known.
+    labels: names of what is scored, None: those it has. pad_id: what stands behind the last token of a text. Raises UserError
+    as `preflight.labels_of`.
     """
-    own, per_token, family = source.family.scores(source.hf_config), task == "process", source.family
-    names = labels if own is None or task == "classification" else family.label_names(source.hf_config)
-    names = names or family.label_names(source.hf_config)
-    if not names:
-        raise UserError(
-            f"{source.name} gets a new head: say how many classes there are, by `dataset.label_names` or `num_labels`"
-        )
-    if own is not None and (own.per_token, own.num_labels) != (per_token, len(labels or names)):
-        scored = {True: "every token", False: "texts"}
-        raise UserError(
-            f"{source.name} scores {scored[own.per_token]} with {own.num_labels} label{'s' * (own.num_labels > 1)}, and `task: {task}` "
-            f"{scored[per_token]} with {len(labels or names)}: name a language model, which gets a new head, or another task"
-        )
-    more = {"pad_token_id": pad_id} | ({"problem_type": _PROBLEMS[task]} if task in _PROBLEMS else {})
-    hf = family.classifier_config(source.hf_config, names, per_token) | more
-    return replace(source, hf_config=hf, new_head=None if own else "score.")
+    family, hf, more = source.family, source.hf_config, dict[str, Any](pad_token_id=pad_id)
+    names = labels_of(source.name, family, hf, task, labels)
+    if task in _PROBLEMS:
+        more["problem_type"] = _PROBLEMS[task]
+    described = family.classifier_config(hf, names, per_token=task == "process") | more
+    return replace(source, hf_config=described, new_head="score." if family.scores(hf) is None else None)
 
 
 def max_sequence_length(config: TrainSettings, source: Source) -> int:

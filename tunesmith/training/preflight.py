@@ -8,7 +8,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -303,6 +303,41 @@ def _fit(config: Any, notes: list[str]) -> Iterator[str]:
         return
     unloadable = warn_of_unloadable(family, per_token=getattr(config, "task", None) == "process")
     notes += filter(None, (warn_of_length(config, shape), unloadable))
+
+
+def _labels(config: Any, notes: list[str]) -> Iterator[str]:
+    """What a model is to score, and whether it can."""
+    from tunesmith.models.families import model_config
+
+    folder = follow_latest(Path(config.model).expanduser())
+    if hasattr(config, "labels") and (folder / "config.json").is_file():
+        try:
+            hf_config, family, _ = model_config(folder)
+            labels_of(config.model, family, hf_config, config.task, config.labels)
+        except UserError as error:
+            yield str(error)
+
+
+def labels_of(
+    model: str, family: Family, hf_config: dict[str, Any], task: str, labels: Sequence[str] | None
+) -> Sequence[str]:
+    """Names of what `model` scores in a task of `tune run reward`: `labels`, where it doesn't have its own.
+
+    Raises UserError for a model that scores something else, or where neither it nor the config says what the classes are.
+    """
+    own, per_token, named = family.scores(hf_config), task == "process", family.label_names(hf_config)
+    if own is None and not labels:
+        raise UserError(
+            f"{model} gets a new head: say how many classes there are, by `dataset.label_names` or `num_labels`"
+        )
+    wanted = labels or named
+    if own is not None and (own.per_token, own.num_labels) != (per_token, len(wanted)):
+        scored = {True: "every token", False: "texts"}
+        raise UserError(
+            f"{model} scores {scored[own.per_token]} with {own.num_labels} label{'s' * (own.num_labels > 1)}, and `task: {task}` "
+            f"{scored[per_token]} with {len(wanted)}: name a language model, which gets a new head, or another task"
+        )
+    return wanted if own is None or task == "classification" else named
 
 
 def _reference(config: Any, notes: list[str]) -> Iterator[str]:
@@ -672,4 +707,4 @@ def _get(config: Any, section: str, option: str) -> Any:
     return getattr(getattr(config, section, None), option, None)
 
 
-_PARTS = (_model, _adapters, _fit, _reference, _tokenizer, _data, _output, _layout, _packages)
+_PARTS = (_model, _adapters, _fit, _labels, _reference, _tokenizer, _data, _output, _layout, _packages)
