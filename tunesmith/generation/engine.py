@@ -20,8 +20,8 @@ from tunesmith.generation.sampling import Sampling, choose, uniforms
 from tunesmith.generation.text import TextStream, continuation_text
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.families import check_speaks
-from tunesmith.models.score import ScoreModel
 from tunesmith.models.family import DecoderConfig
+from tunesmith.models.score import ScoreModel
 from tunesmith.nn.kv_cache import KVCache
 from tunesmith.nn.part import let_go
 
