@@ -257,6 +257,17 @@ def test_it_learns_what_is_good(task, tmp_path, files):
     assert rows[-1]["val_accuracy"] > 0.9 and rows[0]["accuracy"] < 0.8
 
 
+@pytest.mark.slow
+def test_it_learns_what_people_prefer(tmp_path, assets):
+    """Polite answers over rude ones, on held-out pairs."""
+    data = assets / "data/instruct-rasbt/instruction-data-with-preference.json"
+    words = ["reward", f"model={Path(tunesmith.__file__).parent / 'assets' / 'tiny'}", "dtype=fp32", "device=cpu", "batch_size=8"]  # fmt: skip
+    for option, split in (("dataset", "train[:80%]"), ("dataset_val", "train[80%:]")):
+        words += [f"{option}.source={data}", f"{option}.split={split}", f"{option}.packed=true"]
+    run(*words, "optimizer.lr=5e-4", "tokenizer.max_seq_len=256", folder=tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["val_accuracy"] > 0.7
+
+
 # --- losses ------------------------------------------------------------------------------------------
 
 
