@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+from tunesmith.configs.data import DataSection, PreferenceData, RewardData
 from tunesmith.data.formats import BadRow, Example, Format, Message, Reading, Row, choose_format, shown
 from tunesmith.data.preference_formats import CLASSIFICATION, PREFERENCE, STEPWISE, UNPAIRED
 from tunesmith.data.tokenizer import Tokenizer
@@ -71,11 +72,23 @@ def choose_units(row: Row, reading: Reading, place: str, units: Units) -> str:
         return name
     if not units.scored:
         raise UserError(
-            f"{place}: an answer with a label (the format unpaired) is half of no pair: train on it with `loss.type: kto`, which takes answers one by one"
+            f"{place}: an answer with a label (the format unpaired) is half of no pair: train on it with `loss.type: kto` or `bco`, which take answers one by one"
         )
     tasks = {name: task for task, one in REWARD_UNITS.items() for name in one.formats}
     own = next(task for task, one in REWARD_UNITS.items() if one is units)
     raise UserError(f"{place}: the format {name} is for the task `{tasks[name]}`, and this run's task is `{own}`")
+
+
+def likely_units(data: DataSection, row: Row, reading: Reading, place: str) -> Units | None:
+    """What the rows of a source are best shown as, no recipe being asked; None for conversations and texts."""
+    if isinstance(data, PreferenceData):
+        name = choose_format(row, reading, place, {**_PAIRS, **_SINGLE})
+        return PREFERENCE_UNITS["pairs" if name == "preference" else "answers"]
+    if isinstance(data, RewardData):
+        by_format = {name: one for one in REWARD_UNITS.values() for name in one.formats}
+        known = {name: format for one in REWARD_UNITS.values() for name, format in one.formats.items()}
+        return by_format[choose_format(row, reading, place, known)]
+    return None
 
 
 class Encoded(NamedTuple):
