@@ -406,6 +406,9 @@ DEVICES = ("auto", "cuda", "xpu", "mps", "npu", "cpu")
 class RunSettings(Checked):
     """Where and how a recipe runs."""
 
+    takes_classifiers: ClassVar[bool] = False
+    """Whether its `model` may be one whose head gives scores instead of words."""
+
     device: str = "auto"
     """cuda, xpu, mps, npu or cpu; auto takes the accelerator if there is one."""
     dtype: Literal["bf16", "fp32", "fp16"] = "bf16"

@@ -57,7 +57,14 @@ from tunesmith.training.folder import check_shared, claim, environment, unclaim
 from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.meter import Meter
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check, group_problems, layout_problems, warn_of_another_base, warn_of_length
+from tunesmith.training.preflight import (
+    check,
+    group_problems,
+    layout_problems,
+    warn_of_another_base,
+    warn_of_length,
+    warn_of_unloadable,
+)
 from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
@@ -119,7 +126,10 @@ class Run:
         if beside is not None:
             frozen, _ = construct_frozen(self.config, beside, tokenizer)
             self._meter.flops += forward_flops(frozen, shape.num_hidden_layers)
-        warnings = [warn_of_length(self.config, shape)]
+        warnings = [
+            warn_of_length(self.config, shape),
+            warn_of_unloadable(source.family, per_token=getattr(self.config, "task", None) == "process"),
+        ]
         if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
             warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
         for warning in filter(None, warnings):
