@@ -435,7 +435,7 @@ class TrainSettings(RunSettings):
     gives_way: ClassVar[dict[str, str]] = {"clip_grad_norm": "optimizer_in_bwd"}
 
     output_dir: str = "run"
-    """The run folder: config, metrics, checkpoints, report; must be empty unless resume_from_checkpoint is set."""
+    """The run folder: config, metrics, checkpoints, report; must be empty unless resume_from_checkpoint is set. Also a URL such as s3://bucket/run."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer and how a conversation becomes text."""
     weights: FullWeights | LoRAWeights = field(default_factory=FullWeights)

@@ -21,7 +21,7 @@ from tunesmith.configs.stages import micro_batch_problems, stage_layers
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import fingerprint_folder, follow_latest, read_json, read_weight_map
 from tunesmith.nn.scheme import INTEGER_TYPES
-from tunesmith.remote import is_remote
+from tunesmith.remote import is_remote, missing_package, working_folder
 from tunesmith.training.vocabulary import read_vocabulary, vocabulary_problem
 
 if TYPE_CHECKING:
@@ -652,7 +652,7 @@ def _output(config: Any, notes: list[str]) -> Iterator[str]:
     if folder is None:
         return
     if is_remote(folder):
-        yield f"`output_dir`: {folder} can't be written to directly; name a local or shared folder, and copy its checkpoints there"
+        yield from _remote_output(config, folder, notes)
         return
     path = Path(folder).expanduser()
     resumes = getattr(config, "resume_from_checkpoint", False) or is_restart()
@@ -669,6 +669,17 @@ def _output(config: Any, notes: list[str]) -> Iterator[str]:
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not os.access(existing, os.W_OK):
             yield f"`output_dir`: {folder} can't be written to"
+
+
+def _remote_output(config: Any, url: str, notes: list[str]) -> Iterator[str]:
+    if not hasattr(config, "epochs"):
+        yield f"`output_dir`: {url} can't be written to directly; name a local or shared folder, and copy it there"
+    elif problem := missing_package(url):
+        yield f"`output_dir`: {problem}"
+    else:
+        notes.append(
+            f"{url} is looked at when the run starts; the run works in {working_folder(url)}, and each checkpoint is copied there"
+        )
 
 
 def _processes(config: Any, processes: int | None) -> Iterator[str]:
