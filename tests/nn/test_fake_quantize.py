@@ -266,6 +266,15 @@ def test_under_autocast_adapters_are_merged_in_float32(torchao, use_dora):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_as_runs_do_it_bfloat16_is_rounded_to_the_bit():
+    model, x = two_layers(torch.bfloat16), edge_cases(12, 64, torch.bfloat16)
+    apply_fake_quantization(model, Scheme("int8_dynamic_int4"))
+    compiled = torch.compile(model, fullgraph=True, options={"emulate_precision_casts": True})
+    assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("use_dora", [None, False, True], ids=["full", "lora", "dora"])
 def test_compiled_it_computes_the_same(use_dora):
     model = two_layers() if use_dora is None else with_adapter(use_dora, two_layers())
