@@ -19,7 +19,7 @@ METHODS = {
     "DPO": ["preference", "loss.type=dpo"],
     "KTO": ["preference", "loss.type=kto"],
     "reward": ["reward"],
-    "distill": ["distill"],
+    "distill": ["distill", "kd_ratio=1.0"],
 }
 
 

@@ -133,6 +133,7 @@ def load_weights(
     family: Family | None = None,
     new_rows_from: int | None = None,
     device: torch.device | str = "cpu",
+    without: str | None = None,
 ) -> None:
     """Read the weights in `folder` into `model`, tensor by tensor; adapters are left as they are. On a mesh each rank reads its own part.
 
@@ -142,17 +143,25 @@ def load_weights(
 
     new_rows_from: the rows that embedding and head have in the files, where the model has more: rows beyond start at the mean of the old ones.
 
+    without: what the names of parameters begin with that are left as they are, whether the files hold them or not.
+
     Raises UserError, naming file and tensor, for files that are missing or broken, shapes that differ, and tensors that lack or are left over.
     """
     folder = Path(folder)
-    targets, sources = _targets(model), {}
+    targets = {
+        name: target for name, target in _targets(model).items() if without is None or not name.startswith(without)
+    }
+    sources: dict[str | None, StoredTensor] = {}
     operators = getattr(model, "weights", family.weights if family else ())
     originals = {name: model.copies.get(name, name) for name in targets}
     unexpected = []
     for name, tensor in find_weights(folder).items():
         wanted = model_name(operators, name)
         sources[wanted] = tensor
-        is_known = wanted is None or wanted.endswith(".rotary_emb.inv_freq") or wanted.startswith(model.elsewhere)
+        is_left = without is not None and wanted is not None and wanted.startswith(without)
+        is_known = (
+            is_left or wanted is None or wanted.endswith(".rotary_emb.inv_freq") or wanted.startswith(model.elsewhere)
+        )
         if not is_known and wanted not in originals.values():
             unexpected.append(name)
     stored = {name: sources[original] for name, original in originals.items() if original in sources}

@@ -56,7 +56,7 @@ def write_quantized(
         metadata[name] = json.dumps(_described(scheme, dtype) if name in chosen else {"_type": "Tensor"})
         tensors |= dict(_parts(name, one, scheme)) if name in chosen else {name: one}
     left_out = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in names]
-    config = saved_config(model, dtype) | {"quantization_config": scheme.to_config(["lm_head", *left_out])}
+    config = saved_config(model, dtype) | {"quantization_config": scheme.to_config([model.head_name, *left_out])}
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         digests = write_tensors(tensors, folder, "model", max_shard_size, metadata=metadata)

@@ -47,13 +47,17 @@ RECIPES = {
             "Preference tuning: raise preferred answers over rejected ones (DPO and its kin).",
         ),
         _recipe("distill", "Distill", "Distillation: learn from a larger model's distribution over every next token."),
+        _recipe(
+            "reward",
+            "Reward",
+            "Models that score: rewards from preferred answers, classes of texts, steps of an answer.",
+        ),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
         _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
     )
 }
 
 LATER_RECIPES = {
-    "reward": "reward models",
     "ppo": "PPO",
     "grpo": "GRPO",
     "quantize": "quantization for inference",

@@ -406,6 +406,9 @@ DEVICES = ("auto", "cuda", "xpu", "mps", "npu", "cpu")
 class RunSettings(Checked):
     """Where and how a recipe runs."""
 
+    takes_classifiers: ClassVar[bool] = False
+    """Whether its `model` may be one whose head gives scores instead of words."""
+
     device: str = "auto"
     """cuda, xpu, mps, npu or cpu; auto takes the accelerator if there is one."""
     dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
@@ -432,7 +435,7 @@ class TrainSettings(RunSettings):
     gives_way: ClassVar[dict[str, str]] = {"clip_grad_norm": "optimizer_in_bwd"}
 
     output_dir: str = "run"
-    """The run folder: config, metrics, checkpoints, report; must be empty unless resume_from_checkpoint is set."""
+    """The run folder: config, metrics, checkpoints, report; must be empty unless resume_from_checkpoint is set. Also a URL such as s3://bucket/run."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer and how a conversation becomes text."""
     weights: FullWeights | LoRAWeights = field(default_factory=FullWeights)

@@ -165,7 +165,7 @@ def _answers(flat: list[Conversation], tokenizer: Tokenizer) -> list[Any]:
 
 
 def _whole(flat: list[Conversation], tokenizer: Tokenizer) -> list[Any]:
-    """Ids of conversations, and a mask of their last token; or a UserError."""
+    """Ids of conversations, and a mask of the token at which they end; or a UserError."""
     results: list[Any] = []
     for messages, tools, _ in flat:
         try:
@@ -174,13 +174,13 @@ def _whole(flat: list[Conversation], tokenizer: Tokenizer) -> list[Any]:
             results.append(error)
     texts = [text for text in results if isinstance(text, str)]
     ids = iter(tokenizer.encode_batch(texts, add_special_tokens=False) if texts else [])
-    return [_marked(next(ids)) if isinstance(result, str) else result for result in results]
+    return [_marked(next(ids), tokenizer.pad_id) if isinstance(result, str) else result for result in results]
 
 
-def _marked(ids: list[int]) -> tuple[list[int], list[bool]]:
-    mask = [False] * len(ids)
-    mask[-1:] = [True] * bool(ids)
-    return ids, mask
+def _marked(ids: list[int], pad_id: int) -> tuple[list[int], list[bool]]:
+    """Ids and a mask of the last one that doesn't also stand for padding: there transformers reads a text's score."""
+    last = max((place for place, token in enumerate(ids) if token != pad_id), default=0)
+    return ids, [place == last for place in range(len(ids))]
 
 
 def encode_classified(
@@ -190,7 +190,9 @@ def encode_classified(
     chats = [(example["messages"], example["tools"], 0.0) for example in examples if "messages" in example]
     texts = [example["text"] for example in examples if "text" in example]
     of_chats = iter(_whole(chats, tokenizer))
-    of_texts: Iterator[Any] = iter([_marked(ids) for ids in tokenizer.encode_batch(texts)] if texts else [])
+    of_texts: Iterator[Any] = iter(
+        [_marked(ids, tokenizer.pad_id) for ids in tokenizer.encode_batch(texts)] if texts else []
+    )
     for example in examples:
         result = next(of_chats if "messages" in example else of_texts)
         if isinstance(result, UserError):

@@ -240,7 +240,7 @@ def apply_lora(
     Works on the meta device and on loaded weights; base parameters keep their names, and all of them should be frozen afterwards
     (`freeze_base`). quantize_base "nf4" also turns every linear layer but the output layer into NF4, adapted or not. The patterns give
     single layers another rank or alpha, as in PEFT: {end of a layer's name, or a regular expression for it: value}. dtype is the adapter's
-    number type (default: that of the weight beside it). Then load the weights, and call `reset_adapters`.
+    number type (default: that of the weight beside it), and that of modules trained whole beside adapters. Then load the weights, and call `reset_adapters`.
     """
     if quantize_base not in (None, "nf4"):
         raise UserError(f"quantize_base can be nf4 or null, not {quantize_base!r}")
@@ -259,6 +259,8 @@ def apply_lora(
             use_rslora=use_rslora,
         )
         replace_module(model, name, _with_adapter(module, lora, dtype))
+    for module in filter(_is_trained_whole, model.modules()):
+        module.to(dtype)
     return names
 
 
@@ -311,10 +313,20 @@ def reset_magnitudes(model: nn.Module) -> None:
             local_tensor(layer.lora_magnitude).copy_(lengths[name][start:stop])
 
 
+def is_adapters(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is trained with the adapters: one of theirs, or of a module that is trained whole beside them."""
+    module, _, leaf = name.rpartition(".")
+    return leaf in ADAPTER_PARAMETERS or _is_trained_whole(model.get_submodule(module))
+
+
+def _is_trained_whole(module: nn.Module) -> bool:
+    return getattr(module, "is_trained_beside_adapters", False)
+
+
 def freeze_base(model: nn.Module) -> list[str]:
-    """Let the adapters' parameters alone be trained; return their names."""
+    """Let the adapters' parameters alone be trained, and what is trained whole beside them; return their names."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2] in ADAPTER_PARAMETERS)
+        parameter.requires_grad_(is_adapters(model, name))
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
@@ -333,11 +345,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """{parameter's name: tensor} of all adapters, or what of them is here, detached, not copied."""
+    """{parameter's name: tensor} of all that `is_adapters`, or what of it is here, detached, not copied."""
     return {
         name: local_tensor(parameter.detach())
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] in ADAPTER_PARAMETERS
+        if is_adapters(model, name)
     }
 
 

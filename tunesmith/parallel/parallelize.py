@@ -68,7 +68,7 @@ def _shard(model: Any, mesh: Mesh, config: TrainSettings, compute_dtype: torch.d
         "offload_policy": _offload(config, mesh),
     }
     again = {"always": True, "never": False, "default": mesh.size("pp") == 1}[config.fsdp_reshard_after_forward]
-    head = model.lm_head
+    head = model.head
     is_tied = head is not None and head.tied_to is not None
     if decoder.embed_tokens is not None:  # a tied head reads it after the decoder's forward
         fully_shard(decoder.embed_tokens, reshard_after_forward=again and not is_tied, **options)

@@ -93,7 +93,7 @@ class Method:
         """Statistics that go on over the run; saved with it."""
         options = vars(references.config.loss).copy()
         self.chunk_size, self.sft_weight = options.pop("chunk_size"), options.pop("sft_weight")
-        self.numbers = options
+        self.numbers: dict[str, Any] = options
 
     def rows(self, batches: list[Batch]) -> list[Batch]:
         """The micro-batches that the loss is taken over."""
@@ -104,6 +104,9 @@ class Method:
 
     def prepare_validation(self, batches: list[Batch]) -> None:
         self.references.write(batches, of=1)
+
+    def loss(self, head: Head, hidden: Tensor, batch: Batch) -> Terms:
+        raise NotImplementedError
 
     def validation(self, held_out: Iterable[list[Batch]]) -> dict[str, float]:
         """Loss and metrics over the held-out rows."""
@@ -193,13 +196,14 @@ class UnpairedMethod(Method):
             measured = own_batches(self.model, self._others, self.mesh)
             self.references.write(measured, of)
         write_log_probs(self.model, measured, self.POLICY, self.chunk_size, self.optimizer.precision)
-        total = count = 0.0
+        total, count = 0.0, 0.0
         for batch in measured:
             if self.POLICY in batch.extra:  # on the last stage of a pipeline
                 there = self._sums((batch.labels != IGNORED).float(), batch) > 0
                 total += float((batch.extra[self.POLICY] - batch.extra[REFERENCE])[there].sum())
                 count += int(there.sum())
-        total, count = self.mesh.sum([total, count], LOSS)
+        # Ranks that share rows have counted the same documents.
+        total, count = (one / self.mesh.size("cp") for one in self.mesh.sum([total, count], LOSS))
         if is_kl:
             self.statistic = max(0.0, total / max(count, 1.0))
             return

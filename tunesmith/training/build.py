@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,13 @@ from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
-from tunesmith.training.preflight import check_trainable, check_vocabulary, frozen_stages, warn_of_another_base
+from tunesmith.training.preflight import (
+    check_trainable,
+    check_vocabulary,
+    frozen_stages,
+    labels_of,
+    warn_of_another_base,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,13 @@ class Source:
     name: str
     repository: str | None = None
     """Hub id that a named size stands for."""
+    new_head: str | None = None
+    """What the names of the output layer's parameters begin with, where the folder has another one or none: it is initialised."""
+
+    @property
+    def label_names(self) -> list[str]:
+        """What its head scores; empty for a language model."""
+        return self.family.label_names(self.hf_config)
 
     @property
     def tokenizer(self) -> Path | str:
@@ -68,8 +81,13 @@ class Source:
         return f"{hub.fingerprint_folder(self.folder)}-{numbers}" if self.folder else numbers
 
 
-def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights: bool = True) -> Source:
-    """The source of the model called `name`: a folder, a Hub id, or (without weights) a named size such as llama3_2/1B."""
+def find_model(
+    name: str, model_args: dict[str, Any] | None = None, need_weights: bool = True, classifier: bool = False
+) -> Source:
+    """The source of the model called `name`: a folder, a Hub id, or (without weights) a named size such as llama3_2/1B.
+
+    classifier: whether reward models and classifiers are welcome, too. Raises UserError for one where they are not.
+    """
     sizes = families.named_sizes()
     if not need_weights and name in sizes and not Path(name).is_dir():
         family, hf_config, repository = sizes[name]
@@ -81,7 +99,27 @@ def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights
             f"{name} is an adapter, not a model: give its base as `model` and the adapter as `weights.adapter`"
         )
     hf_config, family, _ = read_model_config(folder)
+    if not classifier:
+        families.check_speaks(family, hf_config, name)
     return Source(folder, {**hf_config, **(model_args or {})}, family, name)
+
+
+_PROBLEMS = {"preference": "regression", "classification": "single_label_classification"}
+"""What transformers calls the task of a classifier of texts."""
+
+
+def as_classifier(source: Source, task: str, labels: Sequence[str] | None, pad_id: int) -> Source:
+    """The same model with a head for a task of `tune run reward`: its own, where it has such a one, or a new one.
+
+    labels: names of what is scored, None: those it has. pad_id: what stands behind the last token of a text. Raises UserError
+    as `preflight.labels_of`.
+    """
+    family, hf, more = source.family, source.hf_config, dict[str, Any](pad_token_id=pad_id)
+    names = labels_of(source.name, family, hf, task, labels)
+    if task in _PROBLEMS:
+        more["problem_type"] = _PROBLEMS[task]
+    described = family.classifier_config(hf, names, per_token=task == "process") | more
+    return replace(source, hf_config=described, new_head="score." if family.scores(hf) is None else None)
 
 
 def max_sequence_length(config: TrainSettings, source: Source) -> int:
@@ -114,7 +152,9 @@ def build_model(
     elif source.folder is None or getattr(config, "from_scratch", False):
         initialize(model, seed)
     else:
-        load_weights(model, source.folder, source.family, new_rows_from=first_new_row)
+        load_weights(model, source.folder, source.family, new_rows_from=first_new_row, without=source.new_head)
+        if source.new_head:
+            initialize(model, seed, source.new_head)
     if lora:
         reset_adapters(model, seed)
         if trained := resume_from or (hub.resolve(lora.adapter, what="adapter") if lora.adapter else None):
@@ -254,6 +294,9 @@ def load_model(
         adapter, folder = folder, base_of(folder, base)
         path = base or folder
     hf_config, family, decoder_config = read_model_config(folder)
+    adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
+    if adapter_folder is not None:
+        hf_config = peft.adapted_config(adapter_folder, family, hf_config)
     wanted = _dtype(dtype) if dtype is not None else stated_dtype(hf_config)
     with torch.device("meta"), default_dtype(wanted):
         model = build(hf_config, family, decoder_config)
@@ -262,7 +305,6 @@ def load_model(
         raise UserError(
             f"{path} is quantized: neither `quantize_base` nor an adapter goes with it; take the model it was made from"
         )
-    adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
     if adapter_folder is not None:
         if warning := warn_of_another_base(adapter_folder, str(path)):
             logger.warning("%s", warning)
@@ -270,8 +312,11 @@ def load_model(
     elif quantize_base:
         quantize_linear_layers(model)
     place = pick_device(str(device))
-    load_weights(model, folder, family, device=place)
+    brings_head = adapter_folder is not None and peft.brings_head(adapter_folder)
+    load_weights(model, folder, family, device=place, without=f"{model.head_name}." if brings_head else None)
     model.init_buffers(place)
+    if brings_head:
+        model.head.to_empty(device=place)
     if adapter_folder is not None:
         reset_adapters(model, 0, place)
         peft.load_adapter(model, adapter_folder)

@@ -39,6 +39,7 @@ from tunesmith.checkpoint.resume import (
     find_newest,
     read_state,
 )
+from tunesmith.checkpoint.uploads import Uploads
 from tunesmith.config import dump_config
 from tunesmith.configs.layout import Layout
 from tunesmith.configs.shared import QAT, LoRAWeights, TrainSettings
@@ -50,14 +51,22 @@ from tunesmith.nn.fake_quantize import set_rounding
 from tunesmith.nn.lora import freeze_base
 from tunesmith.parallel.device import pick_device
 from tunesmith.parallel.mesh import DATA, Mesh, Ranks, start_mesh, stop_mesh
+from tunesmith.remote import is_remote, working_folder
 from tunesmith.training.build import DTYPES, Source, construct_frozen, construct_model, scheme_of
 from tunesmith.training.convert import quantize_repository
 from tunesmith.training.flops import forward_flops, training_flops
-from tunesmith.training.folder import check_shared, claim, environment, unclaim
+from tunesmith.training.folder import check_shared, claim, environment, launch, unclaim
 from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.meter import Meter
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check, group_problems, layout_problems, warn_of_another_base, warn_of_length
+from tunesmith.training.preflight import (
+    check,
+    group_problems,
+    layout_problems,
+    warn_of_another_base,
+    warn_of_length,
+    warn_of_unloadable,
+)
 from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
@@ -80,8 +89,10 @@ class Run:
         folder: Path,
         watchdog: Watchdog,
         resume_from: Path | None = None,
+        uploads: Uploads | None = None,
     ):
         self.config, self.recipe, self.mesh, self.folder = config, recipe, mesh, folder
+        self._uploads = uploads
         self.device, self.resume_from = mesh.device, resume_from
         self._resumed_step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else None
         self._watchdog = watchdog
@@ -119,7 +130,10 @@ class Run:
         if beside is not None:
             frozen, _ = construct_frozen(self.config, beside, tokenizer)
             self._meter.flops += forward_flops(frozen, shape.num_hidden_layers)
-        warnings = [warn_of_length(self.config, shape)]
+        warnings = [
+            warn_of_length(self.config, shape),
+            warn_of_unloadable(source.family, per_token=getattr(self.config, "task", None) == "process"),
+        ]
         if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
             warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
         for warning in filter(None, warnings):
@@ -143,7 +157,7 @@ class Run:
         self._metrics = Metrics(self.folder, self.config, total, self._resumed_step, enabled=self.mesh.is_main)
         self._progress = Progress(total, enabled=self.mesh.is_main, done=done)
         if done:
-            self.note(f"resumed after step {done} from {self.resume_from}")
+            self.note(f"resumed after step {done} from {self._place(self.resume_from)}")
         if planned != total:
             self.note(f"the run was planned for {planned} steps and is now for {total}; the learning rate follows")
         if self.config.compile or self.config.optimizer.type == "adamw_8bit":
@@ -303,6 +317,7 @@ class Run:
             mesh=self.mesh,
             keep_last=self.config.keep_last_n_checkpoints,
             background=self.config.enable_async_checkpointing,
+            upload=self._uploads.push if self._uploads else None,
         )
         check = peft.check_saved_adapter if adapter else partial(check_saved, ranks=self.mesh.ranks)
         self._check_saved = lambda folder: check(model, folder)
@@ -341,12 +356,18 @@ class Run:
         if self.mesh.is_main:
             self._record_data(self._data.report_at(position))  # of a stream only now it is known
             write_report(self.folder)
+        if (uploads := self._uploads) is not None:
+            self.mesh.ranks.from_main(lambda: uploads.finish(folder))
+        if self.mesh.is_main:
+            saved = "saved" if self._ending is None else "stopped and saved"
             print(
-                f"{'saved' if self._ending is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
+                f"{saved} after step {step}: {self._place(folder)}\nreport: {self._place(self.folder / 'report.html')}",
                 file=sys.stderr,
             )
             if quantized:
                 print(quantized, file=sys.stderr)
+            if self._uploads is not None:
+                print(f"a copy of both: {self.folder}", file=sys.stderr)
         if self._ending is not None and self.mesh.is_main:
             print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
         self.mesh.ranks.barrier()  # torchrun ends all when one ends with a signal's exit code: not before the report is written
@@ -373,6 +394,10 @@ class Run:
 
         return self.mesh.ranks.from_main(write)
 
+    def _place(self, path: Path | None) -> Path | str | None:
+        """Where a user finds a file of the run folder."""
+        return self._uploads.place(path) if self._uploads is not None and path is not None else path
+
     def close(self) -> None:
         """Let go of files and threads, also after an error; only a save that is under way is brought to its end."""
         self._garbage.stop()
@@ -394,7 +419,7 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
     Raises UserError before anything is loaded where something can't work, or where the folder holds another run.
     """
     device = pick_device(config.device)
-    folder = Path(config.output_dir)
+    uploads, folder = _working_folder(config)
     run: Run | None = None
     with contextlib.ExitStack() as stack:
         stack.callback(stop_mesh)
@@ -407,19 +432,24 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
         stack.callback(watchdog.close)
         stack.enter_context(noticing_lost_ranks(watchdog.where))
         mesh.ranks.on_all(lambda: check(config, folder_is_checked_later=True))
-        resumes = mesh.ranks.from_main(lambda: stack.enter_context(_claimed(folder, config.resume_from_checkpoint)))
+        claimed = _claimed(folder, config.resume_from_checkpoint, uploads)
+        resumes = mesh.ranks.from_main(lambda: stack.enter_context(claimed))
         try:
-            check_shared(folder, mesh.ranks)
+            check_shared(folder, mesh.ranks, uploads.url if uploads else None)
             stack.enter_context(end_on_sigterm())
+            if uploads is not None:
+                uploads.take(launch(), resumes, mesh.ranks)
             resume_from = mesh.ranks.from_main(lambda: find_newest(folder)) if resumes else None
             if resume_from is not None:
                 check_seen_everywhere(resume_from, mesh.ranks)
-                check_digests(resume_from, mesh.ranks)
+                check_digests(resume_from, mesh.ranks, uploads.place(resume_from) if uploads else None)
+                if uploads is not None and not mesh.ranks.from_main(lambda: uploads.is_there(resume_from)):
+                    uploads.push(resume_from, mesh.ranks)  # a killed run did not come to it
             _draw_seed(config, resume_from, mesh)
             if resume_from is not None:
                 mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
             seed_everything((config.seed or 0) + mesh.index("pp", *DATA, "cp"), config.deterministic)
-            run = Run(config, recipe, mesh, folder, watchdog, resume_from)
+            run = Run(config, recipe, mesh, folder, watchdog, resume_from, uploads)
             stack.callback(run.close)
             with run.memory_snapshots:
                 yield run
@@ -429,10 +459,18 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
             raise
 
 
+def _working_folder(config: TrainSettings) -> tuple[Uploads | None, Path]:
+    """The folder that the run works in; and where that is not `output_dir` itself, what brings it there."""
+    if not is_remote(config.output_dir):
+        return None, Path(config.output_dir)
+    folder = working_folder(config.output_dir)
+    return Uploads(config.output_dir, folder, config.keep_last_n_checkpoints, partial(write_report, folder)), folder
+
+
 @contextlib.contextmanager
-def _claimed(folder: Path, resume: bool) -> Iterator[bool]:
+def _claimed(folder: Path, resume: bool, uploads: Uploads | None) -> Iterator[bool]:
     """Hold the run folder; gives whether the run goes on with what is in it."""
-    held = claim(folder, resume)
+    held = claim(folder, resume, uploads)
     clean = False
     try:
         yield held.resumes
@@ -441,6 +479,8 @@ def _claimed(folder: Path, resume: bool) -> Iterator[bool]:
         clean = True
         raise
     finally:
+        if clean and uploads is not None:
+            uploads.let_go()
         held.release(clean)
 
 
