@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
@@ -328,3 +329,70 @@ def test_what_is_wrong_with_a_teacher_is_told_before_anything_is_loaded(tmp_path
     words = [*words_of(tiny_model, chat_file, teacher), f"output_dir={tmp_path / 'run'}", "tensor_parallel_dim=4"]
     with pytest.raises(ConfigError, match="`teacher.model`: `tensor_parallel_dim: 4` does not divide"):
         check(load_config(*words), processes=4)
+
+
+# --- answers of its own -------------------------------------------------------------------------------
+
+OWN = ["on_policy_ratio=0.5", "sampling.max_new_tokens=12", "sampling.batch_size=5", "dataset.packed=false"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "weights"),
+    [("one", "full"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dp2", "full"), ("dp2", "qlora"), ("hsdp", "lora"), ("tp2", "full"), ("cp2", "dora"), ("dp2 x tp2", "full")))],
+)  # fmt: skip
+def test_own_answers_are_the_same_on_every_layout(layout, weights, teachers, tmp_path, tiny_model, chat_file):
+    words = [*words_of(tiny_model, chat_file, teachers["tied"], weights), *OWN, "max_steps=4"]
+    expected = train([*words, "batch_size=8"], tmp_path / "one")
+    assert_same(train([*words, "batch_size=2", "batch_size_val=8"], tmp_path / "run", layout), expected)
+    assert {"ce_loss" in step for step in expected[0] if "loss" in step} == {True, False}, "some steps of both kinds"
+
+
+def test_a_resume_writes_the_same_answers(teachers, tmp_path, tiny_model, chat_file):
+    words = [*words_of(tiny_model, chat_file, teachers["plain"]), *OWN, "on_policy_ratio=1.0", "batch_size=4"]
+    through = train(words, tmp_path / "through")
+    for steps in (1, 3):
+        found = train([*words, f"max_steps={steps}", "resume_from_checkpoint=true"], tmp_path / "run")
+    assert found[1].keys() == through[1].keys() and all(
+        torch.equal(found[1][name], t) for name, t in through[1].items()
+    )
+
+
+def test_own_answers_follow_the_prompts_of_their_rows(tiny_model):
+    """The prompt is all before the last answer; what is written is what the model says to it, and alone has labels."""
+    import tunesmith
+    from tunesmith.data.collate import EMPTY_ROW, TokenRow, collate
+    from tunesmith.generation.own_answers import OwnAnswers
+    from tunesmith.generation.sampling import Sampling
+    from tunesmith.parallel.mesh import start_mesh
+
+    model, tokenizer = tunesmith.load_model(tiny_model), tunesmith.load_tokenizer(tiny_model)
+    ids = np.arange(10, 30)
+    labels = np.full(20, -100)
+    labels[3:6], labels[11:14] = ids[4:7], ids[12:15]
+    rows = [TokenRow(ids, labels, np.array([20])), EMPTY_ROW]
+    batch = collate(rows, tokenizer.pad_id, False, 64)
+    writer = OwnAnswers(tokenizer, start_mesh(torch.device("cpu")), 1.0, Sampling(max_new_tokens=9), 4, 18, 0)
+    [made] = writer.of(model, [batch], 1)
+    said = tunesmith.generation.engine.generate_completions(
+        model, tokenizer, [ids[:12].tolist()], Sampling(max_new_tokens=9)
+    )[0].ids
+    whole = [*range(10, 22), *said]
+    assert made.input_ids[0, :18].tolist() == whole[:18] and len(whole) > 19
+    assert made.labels[0, :18].tolist() == [-100] * 11 + whole[12:19]
+    assert (made.labels[1] == -100).all() and made.counts == {"tokens": 7, "own_answers": 1}
+    assert writer.of(model, [batch], 1)[0].input_ids.equal(made.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["teacher.cache_top_k=8"], "can't be combined with `teacher.cache_top_k`"),
+        (["pipeline_parallel_dim=2", "gradient_accumulation_steps=2"], "can't be combined with `pipeline_parallel_dim: 2`"),
+        (["dataset.packed=true"], "can't be combined with `dataset.packed: true`"),
+        (["dataset.train_on_input=true"], "can't be combined with `dataset.train_on_input: true`"),
+        (["sampling.top_p=2.0"], "`top_p` must be above 0 and at most 1"),
+    ],
+)  # fmt: skip
+def test_where_a_student_can_not_write(more, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config("distill", "model=x", "teacher.model=y", "dataset.source=z", "on_policy_ratio=0.5", *more)

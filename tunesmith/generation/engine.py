@@ -83,8 +83,12 @@ def generate_completions(
     batch_size: int = 8,
     chat: bool | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Completion]:
     """Like `generate`, with tokens, reasons and log-probabilities: sampling.num_samples completions a prompt, in the prompts' order.
+
+    agree: given the tokens (B,) chosen here, those that all ranks take which generate the same together: what is rounded
+    another way somewhere must not lead them apart.
 
     A sequence's text does not depend on what else is generated (but for rounding: cached rows of a batch agree with single ones to about 1e-6).
     Raises UserError for a prompt that is empty or longer than the model's context, and for a model whose head gives scores.
@@ -106,7 +110,7 @@ def generate_completions(
         for sample in range(sampling.num_samples)
     ]
     by_length = sorted(sequences, key=lambda sequence: -len(sequence.prompt) if batch_size > 1 else 0)  # little padding
-    engine = _Engine(model, tokenizer, sampling, on_text)
+    engine = _Engine(model, tokenizer, sampling, on_text, agree)
     was_training = model.training
     model.eval()
     # What `fully_shard` gathers into must not become inference tensors: training could not use them again.
@@ -150,9 +154,15 @@ class _Engine:
     """Runs groups of sequences from prompt to end; a finished one leaves its group."""
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, sampling: Sampling, on_text: Callable[[int, str], None] | None
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        on_text: Callable[[int, str], None] | None,
+        agree: Callable[[Tensor], Tensor] | None,
     ):
         self.model, self.tokenizer, self.sampling, self.on_text = model, tokenizer, sampling, on_text
+        self.agree = agree or (lambda tokens: tokens)
         self.device, self.dtype = model.model.device, model.model.compute_dtype
         self.stop_ids = frozenset(tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
 
@@ -230,7 +240,7 @@ class _Engine:
     def _choose(
         self, sequences: list[_Sequence], logits: Tensor, numbers: Tensor | None, seen: Tensor | None
     ) -> Tensor:
-        tokens = choose(logits, self.sampling, numbers, seen)
+        tokens = self.agree(choose(logits, self.sampling, numbers, seen))
         if self.sampling.log_probs:
             values = (logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)).tolist()
             for sequence, value in zip(sequences, values):

@@ -108,6 +108,12 @@ class Mesh:
             if self.size(axis) > 1:
                 dist.all_reduce(tensor, group=self.group(axis))
 
+    def as_on_main(self, tensor: Tensor) -> Tensor:
+        """The main rank's tensor, of one shape everywhere, on every rank."""
+        if self.world_size > 1:
+            dist.broadcast(tensor := tensor.contiguous(), 0)
+        return tensor
+
     def _reduce(self, values: Sequence[float], axes: Sequence[str], operator: Any) -> list[float]:
         totals = torch.tensor(values, dtype=torch.float64)  # on the host: gloo serves it on every device
         for axis in axes:

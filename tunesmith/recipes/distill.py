@@ -3,7 +3,7 @@
 tune run distill model=Qwen/Qwen3-0.6B teacher.model=Qwen/Qwen3-8B dataset.source=alpaca.jsonl                      all weights
 tune run distill +lora model=Qwen/Qwen3-0.6B teacher.model=Qwen/Qwen3-32B teacher.quantize=nf4 dataset.source=…      a 4-bit teacher
 tune run distill model=… teacher.model=… teacher.cache_top_k=64 dataset.source=…                     the teacher speaks once, before training
-tune run distill model=… teacher.model=… divergence.type=jsd divergence.beta=0.1 kd_ratio=1.0 dataset.source=…
+tune run distill model=… teacher.model=… divergence.type=jsd on_policy_ratio=0.5 dataset.source=…      answers of its own, judged (GKD)
 
 What differs from sft: loss = kd_ratio * kd_loss + (1 - kd_ratio) * ce_loss, of which both are logged.
 """
@@ -17,10 +17,13 @@ from torch import Tensor
 from tunesmith.configs.distill import Distill
 from tunesmith.data.batch import Batch
 from tunesmith.data.loader import chat_batches, validation_batches
-from tunesmith.data.tokenizer import find_tokenizer
+from tunesmith.data.tokenizer import Tokenizer, find_tokenizer
+from tunesmith.generation.own_answers import OWN, OwnAnswers
 from tunesmith.generation.samples import write_samples
+from tunesmith.generation.sampling import Sampling
 from tunesmith.losses.distillation import Distillation
 from tunesmith.nn.head import Head, with_label
+from tunesmith.parallel.mesh import Mesh
 from tunesmith.training.build import build_model, find_model, max_sequence_length
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.run import start_run
@@ -30,18 +33,20 @@ from tunesmith.training.teacher import build_divergence, check_teacher, open_tea
 
 def main(config: Distill) -> None:
     def guided_loss(head: Head, hidden: Tensor, batch: Batch) -> Mapping[str, tuple[Tensor, str]]:
-        """Divergence from the teacher and negative log-likelihood of the answer tokens, from the same logits."""
+        """Divergence from the teacher and negative log-likelihood of the answer tokens, from the same logits; of own answers the first alone."""
+        is_own = OWN in batch.counts
         with teacher.guide(batch) as guide:
             mixed = Distillation(
                 guide,
                 with_label(batch.labels, batch.labels),
                 divergence,
                 shared,
-                config.kd_ratio,
+                1.0 if is_own else config.kd_ratio,
                 config.divergence.temperature,
             )
             loss, kd_loss, ce_loss = head.sums(hidden, batch.labels, mixed, config.loss.chunk_size)
-        return {"loss": (loss, "tokens"), "kd_loss": Metric(kd_loss, "tokens"), "ce_loss": Metric(ce_loss, "tokens")}
+        terms = {"loss": (loss, "tokens"), "kd_loss": Metric(kd_loss, "tokens")}
+        return terms if is_own else terms | {"ce_loss": Metric(ce_loss, "tokens")}
 
     with start_run(config, "distill") as run:
         source, teacher_source = find_model(config.model), find_model(config.teacher.model)
@@ -58,12 +63,13 @@ def main(config: Distill) -> None:
         model = build_model(config, source, tokenizer, run.mesh, run.resume_from)
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
         divergence = build_divergence(config.divergence)
+        answers = own_answers(config, tokenizer, run.mesh, length)
         run.keep(model, tokenizer, optimizer, data, source, teacher=teacher_source.fingerprint)
         if not run.resume_from:
             write_samples(run.folder, 0, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
 
         for step in run.steps(data.total_steps):
-            batches = run.next(data.step, step)
+            batches = answers.of(model, run.next(data.step, step), step)
             run.log(step, train_step(model, optimizer, batches, guided_loss, run.mesh, step, teacher.prepare))
             if held_out:
                 run.validate(
@@ -83,3 +89,9 @@ def main(config: Distill) -> None:
                 writes=run.mesh.is_main,
             )
         run.finish()
+
+
+def own_answers(config: Distill, tokenizer: Tokenizer, mesh: Mesh, length: int) -> OwnAnswers:
+    options = {key: value for key, value in vars(config.sampling).items() if key != "batch_size"}
+    sampling, size = Sampling(**options), config.sampling.batch_size
+    return OwnAnswers(tokenizer, mesh, config.on_policy_ratio, sampling, size, length, config.seed or 0)
