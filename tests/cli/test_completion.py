@@ -19,7 +19,7 @@ from tunesmith.cli.completion import BASH, ZSH, candidates
     ("line", "found"),
     [
         ("tune r", ["run"]),
-        ("tune run ", ["sft", "pretrain", "preference", "distill", "generate", "export"]),
+        ("tune run ", ["sft", "pretrain", "preference", "distill", "reward", "generate", "export"]),
         ("tune run sf", ["sft"]),
         (
             "tune run full_",

@@ -8,7 +8,7 @@ from tunesmith.data.batch import IGNORED, Batch
 from tunesmith.models import families
 from tunesmith.models.decoder import build
 from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
-from tunesmith.training.flops import PEAK_TFLOPS, _peak_of, training_flops
+from tunesmith.training.flops import PEAK_TFLOPS, _peak_of, forward_flops, training_flops
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -105,3 +105,15 @@ def test_what_is_seen_through_windows_and_in_documents():
 def test_peaks_by_name(name, peak):
     assert _peak_of(name) == peak
     assert all(value > 0 for _, value in PEAK_TFLOPS)
+
+
+def test_a_frozen_model_beside_costs_its_forward_pass_alone():
+    model, rows = make(tie_word_embeddings=False).requires_grad_(False), batch(trained=20)
+    with FlopCounterMode(display=False) as counter:
+        model.lm_head.logits(model(rows.input_ids)[rows.labels != IGNORED])
+    found = counter.get_flop_counts()["Global"]
+    attention = sum(value for operator, value in found.items() if "attention" in str(operator))
+    whole, half = forward_flops(model, 3), forward_flops(model, 6)
+    assert whole.of_step(64, 40, 0) == sum(found.values()) - attention
+    assert half.of_sight == whole.of_sight / 2 == training_flops(model).of_sight / 6
+    assert (whole + half).of_token == 2 * whole.of_token

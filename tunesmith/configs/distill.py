@@ -67,7 +67,7 @@ class JensenShannon(_Divergence):
 
     type: ClassVar[str] = "jsd"
     beta: float = 0.5
-    """Between forward_kl (towards 0, as which it then counts per beta) and reverse_kl (towards 1)."""
+    """Weight of the teacher in the mixture: towards 0 the divergence is like beta * forward_kl, towards 1 like (1 - beta) * reverse_kl."""
 
     def problems(self):
         yield from super().problems()

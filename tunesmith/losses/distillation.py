@@ -19,7 +19,11 @@ from tunesmith.nn.head import Head, VocabularyShard, log_softmax, negative_log_p
 
 @dataclass(frozen=True)
 class TopK:
-    """What is kept of a teacher's distribution: its likeliest tokens, and what the others have together as one further class."""
+    """What is kept of a teacher's distribution: its likeliest tokens, and what the others have together as one further class.
+
+    The divergence between the two distributions over these K + 1 classes is exact; it is never more than the whole one, and
+    equal to it with K = C or where teacher and student share the rest out alike. Cross-entropy is that of all tokens.
+    """
 
     ids: Tensor
     """(n, K) int64."""
