@@ -5,9 +5,11 @@ results = run_distributed(function, 2, argument, …)     # what `function` retu
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import tempfile
 import traceback
@@ -49,9 +51,12 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
 
 
 def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
+    """Below those that the system gives to outgoing connections, of which one could take it before the ranks do."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as opened, contextlib.suppress(OSError):
+            opened.bind(("", port))
+            return port
 
 
 def _outcome(path: Path) -> tuple[str | None, Any, float]:

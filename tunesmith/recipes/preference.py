@@ -207,10 +207,11 @@ class UnpairedMethod(Method):
         if is_kl:
             self.statistic = max(0.0, total / max(count, 1.0))
             return
-        rewards, seen = self.numbers["beta"] * total, self.running
+        new = {"rewards": self.numbers["beta"] * total, "answers": count}
         if learns:
-            seen["rewards"], seen["answers"] = seen.get("rewards", 0.0) + rewards, seen.get("answers", 0.0) + count
-        self.statistic = seen.get("rewards", rewards) / max(seen.get("answers", count), 1.0)
+            self.running |= {name: self.running.get(name, 0.0) + value for name, value in new.items()}
+        seen = self.running or new
+        self.statistic = seen["rewards"] / max(seen["answers"], 1.0)
 
     def loss(self, head: Head, hidden: Tensor, batch: Batch) -> Terms:
         log_probs, lengths = self._documents(head, hidden, batch)
