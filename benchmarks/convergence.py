@@ -69,7 +69,8 @@ def main() -> None:
                 continue
             print(run, "…", flush=True)
             found["runs"][run] = train(folder, words.text, words.steps, *RUNS[run])
-            found |= {"machine": machine(), "versions": versions(), "text": words.text.name, "steps": words.steps}
+            found |= {"machine": machine(), "versions": versions(), "steps": words.steps}
+            found["text"] = "/".join(words.text.resolve().parts[-2:])
             found["date"] = datetime.date.today().isoformat()
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     draw(found, ROOT / "docs" / "convergence.svg")

@@ -72,6 +72,30 @@ def texts(count: int) -> list[dict[str, str]]:
     return [{"text": "\n\n".join(message["content"] for message in row["messages"])} for row in chats(count)]
 
 
+def pairs(count: int) -> list[dict[str, Any]]:
+    """A question, what the documentation answers, and what it says of something else."""
+    entries, order = docstrings(), random.Random(1)
+    rows = []
+    for _ in range(count):
+        (name, signature, text), (_, _, other) = order.sample(entries, 2)
+        question = {"role": "user", "content": f"What does `{name}` do? It begins with `{signature}`."}
+        chosen, rejected = ({"role": "assistant", "content": one[:900]} for one in (text, other))
+        rows.append({"prompt": [question], "chosen": [chosen], "rejected": [rejected]})
+    return rows
+
+
+def marked(count: int) -> list[dict[str, Any]]:
+    """The same answers one by one, marked good or bad."""
+    return [
+        {
+            "prompt": pair["prompt"],
+            "completion": pair["chosen" if number % 2 else "rejected"],
+            "label": bool(number % 2),
+        }
+        for number, pair in enumerate(pairs(count))
+    ]
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -21,13 +21,16 @@ def train_in_process(
     with_signal: int | None = None,
     kill_at: int | None = None,
     folder: Path | None = None,
+    environment: dict[str, str] | None = None,
 ) -> int:
     """`tune run WORDS…` in another process; its exit code, negative where a signal killed it.
 
     stop_at: send it `with_signal` while it logs that step. kill_at: SIGKILL at the n-th opening, making, renaming or
     removing of a file or folder below `folder`.
     """
-    process = _CONTEXT.Process(target=_train, args=(words, stop_at, with_signal, kill_at, str(folder)))
+    process = _CONTEXT.Process(
+        target=_train, args=(words, stop_at, with_signal, kill_at, str(folder), environment or {})
+    )
     process.start()
     process.join(120)
     if process.exitcode is None:
@@ -36,10 +39,18 @@ def train_in_process(
     return process.exitcode
 
 
-def _train(words: list[str], stop_at: int | None, with_signal: int | None, kill_at: int | None, folder: str) -> None:
+def _train(
+    words: list[str],
+    stop_at: int | None,
+    with_signal: int | None,
+    kill_at: int | None,
+    folder: str,
+    environment: dict[str, str],
+) -> None:
     from tunesmith.config import load_config, run
     from tunesmith.training.run import Run
 
+    os.environ.update(environment)
     if stop_at is not None:
         log = Run.log
 

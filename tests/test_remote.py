@@ -78,4 +78,4 @@ def test_a_run_from_a_url(tmp_path, tiny_model, chat_file, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "step-00000001" / "model.safetensors").is_file()
     assert not os.path.exists("file:")
     with pytest.raises(UserError, match="`output_dir`: s3://bucket/run can't be written to directly"):
-        preflight.check(load_config(*words, "output_dir=s3://bucket/run"))
+        preflight.check(load_config("export", f"model={tiny_model}", "output_dir=s3://bucket/run"))

@@ -45,7 +45,7 @@ def resolve(
     """
     name = str(path_or_id)
     if remote.is_remote(name):
-        ignored = tuple(ignore_patterns) if ignore_patterns is not None else UNUSED_FILES
+        ignored = tuple(ignore_patterns) if ignore_patterns is not None else (*UNUSED_FILES, "resume/*")
         return remote.fetch(name, what, ignored)
     path = follow_latest(Path(path_or_id).expanduser())
     if path.exists():

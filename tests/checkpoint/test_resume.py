@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from tests.distributed import run_distributed
-from tests.recipes.test_layouts import COMMON, run_recipe
+from tests.runs import COMMON, run_recipe
 from tunesmith.checkpoint.resume import check_digests, find_newest
 from tunesmith.errors import UserError
 

@@ -19,7 +19,7 @@ from tunesmith.cli.completion import BASH, ZSH, candidates
     ("line", "found"),
     [
         ("tune r", ["run"]),
-        ("tune run ", ["sft", "pretrain", "generate", "export"]),
+        ("tune run ", ["sft", "pretrain", "preference", "distill", "generate", "export"]),
         ("tune run sf", ["sft"]),
         (
             "tune run full_",
@@ -30,7 +30,7 @@ from tunesmith.cli.completion import BASH, ZSH, candidates
                 "full_dpo_distributed",
             ],
         ),
-        ("tune run sft +q", ["+qdora", "+qlora"]),
+        ("tune run sft +q", ["+qat", "+qdora", "+qlora"]),
         ("tune run sft batch", ["batch_size=", "batch_size_val="]),
         ("tune run sft optimizer.l", ["optimizer.lr="]),
         (
@@ -45,9 +45,17 @@ from tunesmith.cli.completion import BASH, ZSH, candidates
         ("tune run sft --pre", ["--preview"]),
         ("tune run generate top", ["top_k=", "top_p="]),
         ("tune run my.yaml gradient", ["gradient_accumulation_steps="]),
-        ("tune run x --config gemma2/9B_l", ["gemma2/9B_lora", "gemma2/9B_lora_single_device"]),
+        ("tune run x --config gemma2/9B_ql", ["gemma2/9B_qlora", "gemma2/9B_qlora_single_device"]),
+        ("tune run x --config gemma2/9B_full_d", ["gemma2/9B_full_dpo"]),
+        (
+            "tune run x --config llama3_2/8",
+            [f"llama3_2/8B_to_1B_KD_lora_{end}" for end in ("single_device", "distributed")],
+        ),
+        ("tune run lora_dpo_distributed refer", ["reference."]),
+        ("tune run knowledge_distillation_distributed kd", ["kd_ratio="]),
+        ("tune ls qat", ["qat_single_device", "qat_distributed", "qat_lora_finetune_distributed"]),
         ("tune cat sft --s", ["--schema", "--sort"]),
-        ("tune ls pre", ["pretrain"]),
+        ("tune ls pre", ["pretrain", "preference"]),
         ("tune download --to", ["--tokenizer-only"]),
         ("tune run sft dataset.source=", []),
         ("tune bogus ", []),
@@ -114,7 +122,7 @@ def test_zsh_completes(tmp_path, installed):
         "tune run my": "tune run my.yaml ",
         "tune run sft dataset.source=ch": "tune run sft dataset.source=chats.jsonl ",
         "cd . && tune cat sft --so": "cd . && tune cat sft --sort ",
-        "tune run x --config gemma2/9B_lora_": "tune run x --config gemma2/9B_lora_single_device ",
+        "tune run x --config gemma2/9B_qlora_": "tune run x --config gemma2/9B_qlora_single_device ",
     }
     assert _after_tab(zsh, tmp_path, list(lines)) == list(lines.values())
 

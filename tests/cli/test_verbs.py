@@ -68,7 +68,16 @@ def test_ls_of_a_recipe(capsys):
     assert tune(capsys, "ls", "lora_finetune_single_device")[1].startswith(
         "torchtune's lora_finetune_single_device is the recipe sft here"
     )
-    assert "QAT" in tune(capsys, "ls", "qat_distributed")[2] and tune(capsys, "ls", "qat_single_device")[0] == 2
+    for name, said in (
+        ("qat_distributed", "sft here, with +qat\n"),
+        ("qat_lora_finetune_distributed", "sft here, with +lora (or +dora, …) and +qat\n"),
+        ("full_dpo_distributed", "preference here\n"),
+        ("lora_dpo_single_device", "preference here, with +lora (or +qlora, +dora, …)\n"),
+        ("knowledge_distillation_single_device", "distill here, with +lora (or +qlora, +dora, …)\n"),
+    ):
+        code, out, _ = tune(capsys, "ls", name)
+        assert code == 0 and out.startswith(f"torchtune's {name} is the recipe {said}")
+    assert "PPO" in tune(capsys, "ls", "ppo_full_finetune_single_device")[2]
     assert "did you mean `sft`?" in tune(capsys, "ls", "sfft")[2]
 
 
@@ -85,6 +94,10 @@ def test_cp_of_a_config(capsys):
     assert load_config("open.yaml", *NEEDED) == load_config("sft", *NEEDED)
     assert tune(capsys, "cp", "llama3_1/8B_full", "./my_custom_config.yaml")[1] == "Copied to ./my_custom_config.yaml\n"
     assert tune(capsys, "cp", "sft", *NEEDED, "noending")[1] == "Copied to noending.yaml\n"
+    for name in ("llama3_1/8B_full_dpo", "qwen2/1.5B_to_0.5B_KD_lora_distributed", "llama3_1/8B_qat_lora"):
+        assert tune(capsys, "cp", name, "theirs.yaml")[1] == "Copied to theirs.yaml\n"
+        assert load_config("theirs.yaml") == load_config(name)
+        assert tune(capsys, "cat", "--config", name)[1] == tune(capsys, "cat", "theirs.yaml")[1]
 
 
 def test_cp_minds_what_is_there(capsys):

@@ -95,7 +95,7 @@ CASES: dict[str, tuple[dict[str, str | bytes], list[str]]] = {
         ["generate", "model=m", "top_p=2", "temperature=-1", "max_new_tokens=0", "prompt={usr: hi}"],
     ),
     "overlay_of_another_recipe": ({}, ["generate", "model=m", "+lora"]),
-    "not_there_yet": ({}, ["sft", *NEEDED, "+qat"]),
+    "not_there_yet": ({}, ["sft", *NEEDED, "+fp8"]),
     "recipe_not_there_yet": ({}, ["grpo", "model=m"]),
     "unknown_recipe": ({}, ["stf", "model=m"]),
     "duplicate_keys": (
@@ -139,7 +139,47 @@ CASES: dict[str, tuple[dict[str, str | bytes], list[str]]] = {
     ),
     "torchtune_unknown_size": ({}, ["full_finetune_distributed", "--config", "llama3_2/8B_full"]),
     "torchtune_unknown_family": ({}, ["lora_finetune_single_device", "--config", "llama9/3B_lora_single_device"]),
-    "torchtune_dpo": ({}, ["lora_dpo_single_device", "--config", "llama3_1/8B_dpo_single_device"]),
+    "torchtune_preference": (
+        {},
+        "lora_dpo_distributed --config llama3_1/8B_lora_dpo loss=torchtune.modules.loss.LinearCrossEntropyLoss kd_ratio=0.5 "
+        "ref_checkpointer.adapter_checkpoint=a.pt dataset=torchtune.datasets.alpaca_dataset".split(),
+    ),
+    "torchtune_preference_option": (
+        {},
+        "full_dpo_distributed --config llama3_1/8B_full_dpo loss.gamma=0.3 dataset.train_on_input=True".split(),
+    ),
+    "torchtune_distill": (
+        {},
+        "knowledge_distillation_distributed --config llama3_2/8B_to_1B_KD_lora_distributed kd_loss=torchtune.modules.loss.KLLoss "
+        "loss=torchtune.modules.loss.ForwardKLLoss teacher_model=torchtune.models.llama3_2_vision.llama3_2_vision_11b "
+        "kd_ratio=1.5 dataset=torchtune.datasets.stack_exchange_paired_dataset teacher_model.image=1".split(),
+    ),
+    "torchtune_unknown_teacher": (
+        {},
+        ["knowledge_distillation_single_device", "--config", "llama3_2/13B_to_1B_KD_lora_single_device"],
+    ),
+    "torchtune_qat": (
+        {},
+        "qat_distributed --config llama3_1/8B_qat_full quantizer=torchtune.training.quantization.Int8DynActInt4WeightQuantizer "
+        "fake_quant_after_n_steps=-1".split(),
+    ),
+    "torchtune_qat_option": (
+        {},
+        "qat_distributed --config llama3_1/8B_qat_full quantizer.groupsize=1 quantizer.padding_allowed=True".split(),
+    ),
+    "torchtune_other_method": ({}, ["lora_dpo_single_device", "--config", "llama3_1/8B_lora_single_device"]),
+    "torchtune_other_loss": (
+        {},
+        ["lora_finetune_single_device", "--config", "llama3_1/8B_lora", "loss=torchtune.rlhf.loss.DPOLoss"],
+    ),
+    "torchtune_file_of_another_method": (
+        {
+            "kd.yaml": "model: {_component_: torchtune.models.llama3.llama3_8b}\nkd_loss: {_component_: torchtune.modules.loss.ForwardKLLoss}\n"
+        },
+        ["full_finetune_distributed", "--config", "kd.yaml"],
+    ),
+    "torchtune_quantize": ({}, ["quantize", "--config", "quantization"]),
+    "torchtune_ppo": ({}, ["ppo_full_finetune_single_device", "--config", "mistral/7B_full_ppo_low_memory"]),
     "torchtune_vision": ({}, ["full_finetune_distributed", "--config", "llama3_2_vision/11B_full"]),
 }
 

@@ -69,6 +69,28 @@ def test_what_is_open_is_named(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "Written to mine.yaml; fill in model before you run it\n"
 
 
+@pytest.mark.parametrize(
+    ("layout", "steps", "said"),
+    [
+        ("data_parallel_replicate_degree = 2\ndata_parallel_shard_degree = 4\ntensor_parallel_degree = 2", 40, None),
+        ("data_parallel_shard_degree = 1", 5, None),
+        ("", 5, "leaves open (the number of processes)"),
+        (
+            "data_parallel_replicate_degree = 2\ntensor_parallel_degree = 2\ncontext_parallel_degree = 4",
+            5,
+            "(the number of processes, divided by tensor_parallel_dim 2 and context_parallel_dim 4)",
+        ),
+    ],
+)
+def test_validation_steps_are_those_of_all_ranks(tmp_path, layout, steps, said):
+    (tmp_path / "run.toml").write_text(f"[validation]\nenabled = true\nsteps = 5\n[parallelism]\n{layout}\n")
+    imported = import_toml(tmp_path / "run.toml")
+    settings = imported.settings.plain()
+    assert (settings["max_val_steps"], settings["batch_size_val"]) == (steps, 8)
+    told = [str(note) for note in imported.notes if "`validation.steps`" in str(note)]
+    assert ("run.toml:3: " in told[0] and "multiply 5 by" in told[0] and said in told[0]) if said else not told
+
+
 def test_the_debug_model_has_its_tokenizers_vocabulary(tmp_path):
     content = {
         "model": {"vocab": {"a": 0, "b": 1}},

@@ -28,6 +28,7 @@ LAYERS += [
     ("sft", *FILLED["sft"], *(f"+{name}" for name in names))
     for n in (1, 2)
     for names in itertools.combinations(overlays(), n)
+    if not ("qat" in names and {"qlora", "qdora"} & {*names})  # a pair that is refused
 ]
 LAYERS += [
     (

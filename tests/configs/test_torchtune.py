@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.config import load, load_config
-from tunesmith.configs import torchtune, torchtune_names
+from tunesmith.configs import torchtune_methods, torchtune_names
 from tunesmith.configs.shared import (
     SGD,
     AdamW,
@@ -31,7 +31,9 @@ def resolve(command: str):
 @pytest.fixture(autouse=True)
 def no_downloads(monkeypatch, tmp_path):
     """The folders that torchtune's downloads would have made are looked for here instead of in /tmp."""
-    monkeypatch.setattr(torchtune, "download_folder", lambda repo: tmp_path / "downloads" / repo.rpartition("/")[2])
+    monkeypatch.setattr(
+        torchtune_methods, "download_folder", lambda repo: tmp_path / "downloads" / repo.rpartition("/")[2]
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,19 +95,6 @@ def test_readme_with_every_memory_option():
 @pytest.mark.parametrize(
     ("command", "method"),
     [
-        (
-            "knowledge_distillation_distributed --config qwen2/1.5B_to_0.5B_KD_lora_distributed",
-            "knowledge distillation",
-        ),
-        (
-            "knowledge_distillation_single_device --config qwen2/1.5_to_0.5B_KD_lora_single_device",
-            "knowledge distillation",
-        ),
-        ("lora_dpo_single_device --config llama3_1/8B_dpo_single_device", "DPO"),
-        ("full_dpo_distributed --config llama3_1/8B_full_dpo", "DPO"),
-        ("qat_distributed --config llama3_1/8B_qat_lora", "QAT"),
-        ("qat_single_device --config qwen2/1.5B_qat_single_device", "QAT"),
-        ("qat_lora_finetune_distributed --config llama3/8B_qat_lora", "QAT"),
         ("ppo_full_finetune_single_device --config mistral/7B_full_ppo_low_memory", "PPO"),
         ("dev/grpo_full_finetune_distributed --config dev/3B_full_grpo", "GRPO"),
         ("dev/async_grpo_full_finetune_distributed --config dev/qwen3B_async_grpo", "GRPO"),
@@ -167,7 +156,7 @@ def test_own_folders(tmp_path):
     assert resolve(f"{base} tokenizer.path={tmp_path}/tok/tokenizer.model")[1].tokenizer.path == str(tmp_path / "tok")
     same = f"checkpointer.checkpoint_dir={tmp_path}/tok tokenizer.path={tmp_path}/tok/tokenizer.model"
     assert resolve(f"{base} {same}")[1].tokenizer.path is None, "the model's own tokenizer needs no mention"
-    folder = torchtune.download_folder("meta-llama/Llama-3.2-1B-Instruct")
+    folder = torchtune_methods.download_folder("meta-llama/Llama-3.2-1B-Instruct")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     assert resolve(base)[1].model == str(folder), "what torchtune's `tune download` made is used"
@@ -294,7 +283,7 @@ def test_datasets():
     assert resolve(f"{base}.wikitext_dataset")[1].dataset.column_map == {"text": "page"}
     data = resolve(f"{base}.alpaca_dataset dataset.train_on_input=False dataset.split=train[:5%]")[1].dataset
     assert (data.source, data.train_on_input, data.split) == ("alpaca", False, "train[:5%]")
-    with pytest.raises(UserError, match="DPO"):
+    with pytest.raises(UserError, match="preference"):
         resolve(f"{base}.preference_dataset dataset.source=x")
 
 
@@ -318,14 +307,16 @@ def test_our_own_file_under_torchtunes_recipe_name(tmp_path):
     assert resolve(f"full_finetune_distributed --config {file}")[1] == load_config("llama3_1/8B_full")
 
 
+def size_of(name):
+    """The 1B of llama3_2/1B_lora and of llama3_2/8B_to_1B_KD_lora."""
+    return name.rpartition("/")[2].rpartition("_to_")[2].partition("_")[0]
+
+
 @pytest.mark.parametrize("name", torchtune_names.config_names())
 def test_every_config_name(name):
     config = load_config(name)
     if name != "generation":
-        assert (
-            config.model
-            == torchtune_names.MODELS[name.partition("_full")[0].partition("_lora")[0].partition("_qlora")[0]]
-        )
+        assert config.model == torchtune_names.MODELS[f"{name.partition('/')[0]}/{size_of(name)}"]
 
 
 def test_names_of_models_are_the_same_as_the_families():

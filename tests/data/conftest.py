@@ -65,15 +65,22 @@ def mesh(rank=0, size=1):
 
 def open_chat(data, rank=0, size=1, tokenizer=None, max_seq_len=64, validation=False, **options):
     data = ChatData(**data) if isinstance(data, dict) else data
+    asked = _asked(options)
     config = SFT(model="none", dataset=data, **({"dataset_val": data} if validation else {}), **options)
     batches = validation_batches if validation else chat_batches
-    return batches(config, tokenizer or Words(), mesh(rank, size), max_seq_len)
+    return batches(config, tokenizer or Words(), mesh(rank, size), max_seq_len, **asked)
 
 
 def open_text(data, tokenizer=None, max_seq_len=16, rank=0, size=1, **options):
     data = TextData(**data) if isinstance(data, dict) else data
+    asked = _asked(options)
     config = Pretrain(model="none", dataset=data, **options)
-    return text_batches(config, tokenizer or Words(), mesh(rank, size), max_seq_len)
+    return text_batches(config, tokenizer or Words(), mesh(rank, size), max_seq_len, **asked)
+
+
+def _asked(options):
+    """Takes what is no option of a config out of `options`."""
+    return {"with_index": options.pop("with_index")} if "with_index" in options else {}
 
 
 @section(kw_only=True)
@@ -86,10 +93,10 @@ class Preferring(TrainSettings):
 
 def open_preferences(data, units="pairs", rank=0, size=1, tokenizer=None, max_seq_len=64, validation=False, **options):
     data = PreferenceData(**data) if isinstance(data, dict) else data
-    loaded = {name: options.pop(name) for name in ("with_index",) if name in options}
+    asked = _asked(options)
     config = Preferring(dataset=data, **({"dataset_val": data} if validation else {}), **options)
     batches = validation_batches if validation else preference_batches
-    return batches(config, tokenizer or Words(), mesh(rank, size), max_seq_len, units=units, **loaded)
+    return batches(config, tokenizer or Words(), mesh(rank, size), max_seq_len, units=units, **asked)
 
 
 def open_scored(data, task, rank=0, size=1, tokenizer=None, max_seq_len=64, validation=False, **options):

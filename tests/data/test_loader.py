@@ -320,3 +320,34 @@ def test_a_limited_validation_reads_the_same_rows_on_any_number_of_ranks(chats, 
     assert sorted(sum(map(trained, ranks), [])) == sorted(trained(one))
     expected = batch_size_val * most
     assert len(trained(one)) == (expected if streaming else min(expected, 50))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"packed": True}, {"packed": True, "text": True}, {"packed": True, "text": True, "join": True}]
+)
+def test_the_index_says_which_token_of_the_data_an_input_is(tmp_path, options):
+    """So what a teacher says of a token in one epoch can be found again in the next."""
+    if options.get("text"):
+        rows = [{"text": f"t{i} " * (5 + i)} for i in range(20)]
+        source = write_lines(tmp_path / "a.jsonl", rows)
+        data = {"source": source, "mask_documents": not options.get("join")}
+        opened = [open_text(data, epochs=2, **asked) for asked in ({}, {"with_index": True})]
+    else:
+        sources = [ChatData(source=write_chats(tmp_path / f"{n}.jsonl", n), **options) for n in (9, 20)]
+        opened = [open_chat(sources, epochs=2, batch_size=4, **asked) for asked in ({}, {"with_index": True})]
+    plain, data = opened
+    known, first = {}, []
+    for n in range(1, data.total_steps + 1):
+        for batch, expected in zip(data.step(n), plain.step(n), strict=True):
+            assert torch.equal(batch.input_ids, expected.input_ids) and torch.equal(batch.labels, expected.labels)
+            assert "index" not in expected.extra
+            index = batch.extra["index"]
+            real = batch.input_ids != 0
+            assert (index[~real] == -1).all()
+            first += index[real].tolist() if n <= data.steps_per_epoch else []
+            for place, token in zip(index[real].tolist(), batch.input_ids[real].tolist()):
+                assert known.setdefault(place, token) == token
+            documents = 1 if batch.documents is None else int(batch.documents.max()) + 1
+            assert batch.most_documents == documents
+    assert len(first) == len(set(first)) == len(known) and max(known) < data.num_indexed
+    assert plain.num_indexed == 0

@@ -169,7 +169,7 @@ def test_single_answers_are_no_pairs(tmp_path):
             open_preferences({"source": source, **options})
         assert str(caught.value) == (
             f"{source}:1: an answer with a label (the format unpaired) is half of no pair: "
-            "train on it with `loss.type: kto`, which takes answers one by one"
+            "train on it with `loss.type: kto` or `bco`, which take answers one by one"
         )
 
 
@@ -343,12 +343,9 @@ def asked(text):
         {"chosen": "\n\nHuman: 2+2?\n\nAssistant: It is 4.", "rejected": "\n\nHuman: 2+2?\n\nAssistant: Five!"},
         {"prompt": "\n\nHuman: 2+2?\n\nAssistant:", "chosen": "It is 4.", "rejected": "Five!"},
         {"chosen": "2+2? It is 4.", "rejected": "2+2? Five!"},
-        {"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])},
     ],
 )
 def test_every_form_of_a_pair(tmp_path, qwen, row):
-    if isinstance(row["chosen"], str) and row["chosen"].startswith("["):
-        row = {name: json.loads(value) for name, value in row.items()}
     source = write_lines(tmp_path / "a.jsonl", [{**row, "system": "Be kind."}])
     (unit,) = everything(open_preferences({"source": source}, tokenizer=qwen, max_seq_len=200))
     head = SYSTEM + asked("2+2?")

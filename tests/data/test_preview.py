@@ -6,6 +6,7 @@ from rich.console import Console
 
 from tests.data.conftest import write_lines
 from tunesmith.config import load_config
+from tunesmith.configs.data import PreferenceData, RewardData
 from tunesmith.data.preview import preview
 
 ROWS = [
@@ -64,3 +65,22 @@ def test_text(tiny_model, tmp_path):
     preview(config, 1, Console(file=out, soft_wrap=True, highlight=False))
     assert "t⟦he quick brown fox" in out.getvalue() or "⟦" in out.getvalue()
     assert "more tokens" in out.getvalue() and len(out.getvalue()) < 10_000
+
+
+def test_preference_data(tiny_model, tmp_path):
+    config = load_config("sft", f"model={tiny_model}", f"dataset.source={tmp_path}", "max_steps=1")
+
+    def of(data, row):
+        data.source = write_lines(tmp_path / "a.jsonl", [row])
+        config.dataset, out = data, io.StringIO()
+        preview(config, 1, Console(file=out, soft_wrap=True, highlight=False))
+        return out.getvalue()
+
+    begin = "<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n"
+    text = of(PreferenceData(source="-"), {"prompt": "the fox", "chosen": "jumps", "rejected": "sits"})
+    assert f"{begin}⟦jumps<|im_end|>⟧\n" in text and f"{begin}⟦sits<|im_end|>⟧\n" in text
+    assert "(preference)" in text and "1 of 1 rows used as 1 pairs" in text
+    text = of(PreferenceData(source="-"), {"prompt": "the fox", "completion": "jumps", "label": False})
+    assert f"{begin}⟦jumps<|im_end|>⟧\n" in text and "in the loss, desirable: 0" in text
+    text = of(RewardData(source="-"), {"text": "the fox", "label": 2})
+    assert "the⟦ fox⟧" in text and "1 where a score is read, class 2" in text

@@ -162,7 +162,7 @@ def test_a_checkpoint_that_is_partly_there(tmp_path, damage):
     assert said in one
 
 
-def _claim_folders(folders: list[Path]) -> str:
+def _claim_folders(folders: list[Path], url: str | None = None) -> str:
     import os
 
     import torch
@@ -174,13 +174,15 @@ def _claim_folders(folders: list[Path]) -> str:
     folder = folders[int(os.environ["RANK"])]
     if mesh.is_main:
         claim(folder, False)
-    return _said(lambda: check_shared(folder, mesh.ranks, patience=0.5))
+    return _said(lambda: check_shared(folder, mesh.ranks, url, patience=0.5))
 
 
 def test_an_output_dir_that_nodes_do_not_share(tmp_path):
     told = run_distributed(_claim_folders, 2, [tmp_path / "a", tmp_path / "b"], timeout=30)
     assert told[0] == told[1] and "name one that all nodes share" in told[0]
     assert run_distributed(_claim_folders, 2, [tmp_path / "c", tmp_path / "c"], timeout=30) == ["nothing", "nothing"]
+    told = run_distributed(_claim_folders, 2, [tmp_path / "d", tmp_path / "e"], "s3://ours/run", timeout=30)
+    assert told[0] == told[1] and "for s3://ours/run are put together there: set TUNESMITH_CACHE to a folder" in told[0]
 
 
 class TestTwoRuns:

@@ -16,21 +16,31 @@ from tunesmith.checkpoint.check import TOLERANCES, check_logits, probe_logits
 from tunesmith.checkpoint.hf import SavesFiles, explain_full_disk, outgoing, save_tokenizer, staged
 from tunesmith.checkpoint.tensor_files import StoredTensor, read_tensor_file, write_tensors, write_text
 from tunesmith.errors import UserError
+from tunesmith.hub import read_json
 from tunesmith.models.config_json import check_known
 from tunesmith.models.decoder import CausalLM
+from tunesmith.models.family import Family
+from tunesmith.models.score import ScoreModel
 from tunesmith.nn.lora import (
-    ADAPTER_PARAMETERS,
     adaptable_layers,
     adapter_layers,
     adapter_state,
     adapters_off,
     apply_lora,
+    is_adapters,
 )
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.parallel.mesh import Ranks
 
 CONFIG = "adapter_config.json"
+SCORES = "score_config.json"
+"""What a reward model's config.json says about its scores, which PEFT has no place for; not needed to load the adapter."""
+_SCORE_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id", "classifier_dropout")
 _PREFIX = "base_model.model."
+_CLASSIFIERS = {"SEQ_CLS": False, "TOKEN_CLS": True}
+"""{PEFT's task_type: whether it scores tokens}."""
+_HEAD = ("score", "classifier")
+"""What PEFT calls the head of a classifier, trained whole beside adapters; it writes both names."""
 _SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "lm_head.base_layer.weight", "embed_tokens.base_layer.weight")
 
@@ -73,7 +83,10 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} describes an adapter of type {kind}; only LORA (with DoRA and rsLoRA) is understood")
     check_known(config, str(path))
     for key, unused in _NOT_UNDERSTOOD.items():
-        if config.get(key) not in unused:
+        is_head = (
+            key == "modules_to_save" and config.get("task_type") in _CLASSIFIERS and set(config[key] or ()) <= {*_HEAD}
+        )
+        if config.get(key) not in unused and not is_head:
             raise UserError(
                 f"{path} sets {key} to {config[key]!r}, which is not supported: train or export the adapter without it"
             )
@@ -83,6 +96,28 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             f"{path} sets init_lora_weights to {initial!r}, which changes the base's weights too: convert the adapter to plain LoRA when saving it in PEFT"
         )
     return config
+
+
+def adapted_config(folder: str | Path, family: Family, hf: dict[str, Any]) -> dict[str, Any]:
+    """config.json's content of the model that base and adapter make: where the adapter is a classifier's, that of one."""
+    per_token = _CLASSIFIERS.get(read_adapter_config(folder).get("task_type", ""))
+    if per_token is None:
+        return hf
+    head = _read_tensors(Path(folder)).get(f"{_PREFIX}score.weight")
+    if head is None:
+        raise UserError(
+            f"the adapter in {folder} is a classifier's and holds no score.weight: save or download it again"
+        )
+    own = read_json(Path(folder) / SCORES) if (Path(folder) / SCORES).is_file() else {}
+    labels = family.label_names(hf)
+    if len(labels) != head.shape[0]:
+        labels = [f"LABEL_{number}" for number in range(head.shape[0])]
+    return family.classifier_config(hf, labels, per_token) | {key: own[key] for key in _SCORE_KEYS if key in own}
+
+
+def brings_head(folder: str | Path) -> bool:
+    """Whether the adapter in `folder` is a classifier's, and holds its whole head."""
+    return read_adapter_config(folder).get("task_type") in _CLASSIFIERS
 
 
 def lora_options(config: dict[str, Any]) -> dict[str, Any]:
@@ -140,18 +175,15 @@ def load_adapter(model: CausalLM, folder: str | Path) -> None:
         if not name.removeprefix(_PREFIX).startswith(model.elsewhere):
             _check_embedding(model, name, stored[name])
     for name, parameter in adapter_state(model).items():
-        stored[peft_name(name)].read_into(parameter, parts[peft_name(name)])
-
-
-def _is_adapters(name: str) -> bool:
-    return name.rpartition(".")[2] in ADAPTER_PARAMETERS
+        if (own := stored.get(peft_name(name))) is not None:
+            own.read_into(parameter, parts[peft_name(name)])
 
 
 def _check_names_and_shapes(
     model: CausalLM, folder: str | Path, config: dict[str, Any], stored: dict[str, StoredTensor]
 ) -> dict[str, Part]:
     """{name in the file: part that is here} of all adapters. Raises UserError where `stored` are not theirs; needs no values."""
-    parts = {peft_name(name): part for name, part in parameter_parts(model).items() if _is_adapters(name)}
+    parts = {peft_name(name): part for name, part in parameter_parts(model).items() if is_adapters(model, name)}
     for name, tensor in stored.items():
         if name in parts:
             if tensor.shape != parts[name].shape:
@@ -161,10 +193,15 @@ def _check_names_and_shapes(
             continue
         elif not name.endswith(_EMBEDDINGS):
             raise UserError(_another_base(folder, config, f"it has {name}, and the model no adapter there"))
-    lacking = [name for name in parts if name not in stored]
+    lacking = [name for name in parts if name not in stored and not _may_lack(config, name)]
     if lacking:
         raise UserError(_another_base(folder, config, f"the model has an adapter at {lacking[0]}, and it none"))
     return parts
+
+
+def _may_lack(config: dict[str, Any], name: str) -> bool:
+    """A reward model may go on from a language model's adapter, which has no scoring head."""
+    return _leaf_of(name) is None and config.get("task_type") not in _CLASSIFIERS
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -195,7 +232,7 @@ def _module_of(name: str) -> str:
 def peft_name(name: str) -> str:
     """model.layers.0.….q_proj.lora_A -> base_model.model.model.layers.0.….q_proj.lora_A.weight"""
     module, _, leaf = name.rpartition(".")
-    return f"{_PREFIX}{module}.{_SUFFIXES[leaf]}"
+    return f"{_PREFIX}{module}.{_SUFFIXES.get(leaf, leaf)}"
 
 
 def _another_base(folder: str | Path, config: dict[str, Any], what: str) -> str:
@@ -207,7 +244,7 @@ def _another_base(folder: str | Path, config: dict[str, Any], what: str) -> str:
 
 def _check_embedding(model: CausalLM, name: str, tensor: StoredTensor) -> None:
     """PEFT puts the embedding beside adapters on the output layer: harmless where it is the model's own, or what of it is here."""
-    is_head = "embed_tokens" not in name and model.lm_head.tied_to is None
+    is_head = "embed_tokens" not in name and model.head.tied_to is None
     ours = "lm_head.weight" if is_head else "model.embed_tokens.weight"
     own, part = local_tensor(model.get_parameter(ours).detach()), parameter_parts(model)[ours]
     is_same = tuple(tensor.shape) == part.shape
@@ -238,7 +275,7 @@ def adapter_config(model: CausalLM, base_name: str | None, ranks: Ranks | None =
     first = next(iter(settings.values()))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _task_type(model),
         "base_model_name_or_path": base_name,
         "revision": None,
         "inference_mode": True,
@@ -253,10 +290,16 @@ def adapter_config(model: CausalLM, base_name: str | None, ranks: Ranks | None =
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": [model.head_name] if isinstance(model, ScoreModel) else None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _task_type(model: CausalLM) -> str:
+    if not isinstance(model, ScoreModel):
+        return "CAUSAL_LM"
+    return next(task for task, per_token in _CLASSIFIERS.items() if per_token == model.scored.per_token)
 
 
 def _whole(number: float) -> float | int:
@@ -293,7 +336,7 @@ def stage_adapter(
     tensors = {
         peft_name(name): outgoing(parameter, parts[name], speaks(name), dtype)
         for name, parameter in model.named_parameters()
-        if _is_adapters(name)
+        if is_adapters(model, name)
     }
     if copy:
         tensors = staged(tensors)
@@ -305,7 +348,13 @@ def stage_adapter(
 
     def write_rest(folder: Path) -> dict[str, str]:
         digest = write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        return {CONFIG: digest} | save_tokenizer(tokenizer, folder)
+        return {CONFIG: digest} | write_scores(folder) | save_tokenizer(tokenizer, folder)
+
+    def write_scores(folder: Path) -> dict[str, str]:
+        if not isinstance(model, ScoreModel):
+            return {}
+        own = {key: model.hf_config[key] for key in _SCORE_KEYS if key in model.hf_config}
+        return {SCORES: write_text(folder / SCORES, json.dumps(own, indent=2, sort_keys=True) + "\n")}
 
     return write
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.checkpoint.load import load_weights, read_model_config, stated_dtype
+from tunesmith.checkpoint.load import load_weights, prepare_quantized, read_model_config, stated_dtype
 from tunesmith.checkpoint.tensor_files import sha256_of
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM, build
@@ -73,6 +73,7 @@ def logits_from_files(
             model = build(hf_config, family, config)
     finally:
         torch.set_default_dtype(before)
+    prepare_quantized(model, folder)
     load_weights(model, folder, family)
     device = torch.device(device)
     model.init_buffers(device)
@@ -112,6 +113,21 @@ def check_logits(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> f
         raise UserError(
             f"{what} gives other logits than the model in memory: they differ by {difference:.2e} of the largest, more than {tolerance:.0e}; "
             "don't use these files, save again, and if that doesn't help report it"
+        )
+    return difference
+
+
+def check_rounded_logits(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> float:
+    """The size of the difference of two (…, V) logits relative to that of `ours`, as `check_logits` but of all together.
+
+    For models that round what they compute with: of a number half-way between two levels the last digit, which depends on the
+    layout, decides, so that single logits may differ by a step.
+    """
+    difference = ((ours - theirs).norm() / ours.norm().clamp_min(1e-30)).item()
+    if not difference <= tolerance:
+        raise UserError(
+            f"{what} gives other logits than the model in memory: they differ by {difference:.2e} of their size, more than {tolerance:.0e}; "
+            "don't use these files, take those of the checkpoint, and report it"
         )
     return difference
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.check import TOLERANCES, check_saved, verify
-from tunesmith.checkpoint.load import load_weights, read_model_config, stated_dtype
+from tunesmith.checkpoint.load import load_weights, prepare_quantized, read_model_config, stated_dtype
 from tunesmith.checkpoint.tensor_files import Outgoing, sha256_of, write_tensors, write_text
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
+from tunesmith.models.score import ScoreModel
 from tunesmith.models.weights import file_name
-from tunesmith.nn.lora import ADAPTER_PARAMETERS, LoRAHead, LoRALayer, check_mergeable
+from tunesmith.nn.int4 import Int4Linear
+from tunesmith.nn.lora import ADAPTER_PARAMETERS, LoRAHead, LoRALayer, check_mergeable, is_adapters
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.nn.quantize import NF4Linear
 from tunesmith.parallel.mesh import Ranks
@@ -33,6 +35,7 @@ __all__ = [
     "explain_full_disk",
     "load_weights",
     "outgoing_weights",
+    "prepare_quantized",
     "read_model_config",
     "save_model",
     "save_tokenizer",
@@ -70,6 +73,8 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
             raise UserError(
                 f"{prefix} is held in NF4: a quantized model is not saved as a repository; load it without quantize_base and save that"
             )
+        elif isinstance(module, Int4Linear):
+            raise UserError(f"{prefix} is quantized: save the model that it was made from")
         merged = module if isinstance(module, LoRALayer) else None
         for leaf, parameter in module.named_parameters(recurse=False):
             if leaf in ADAPTER_PARAMETERS:
@@ -78,7 +83,8 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
             if merged and leaf == "weight":
                 found[name] = _merged(merged, parameter, dtype)
             else:
-                found[name] = outgoing(parameter, parts[name], speaks(name), dtype)
+                beside = model.model.weight_dtype if is_adapters(model, name) else None
+                found[name] = outgoing(parameter, parts[name], speaks(name), dtype or beside)
         if isinstance(module, LoRAHead) and module.tied_to is not None:
             found[f"{prefix}.weight"] = _merged(module, module.matrix, dtype)
     operators = getattr(model, "weights", ())
@@ -108,10 +114,10 @@ def saved_config(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str,
     config[key] = str(written).removeprefix("torch.")
     if "dtype" in config:
         config["dtype"] = config[key]
-    if not set(config.get("architectures") or ()) & set(model.family.architectures):
-        config["architectures"] = [model.family.architectures[0]]
+    if not set(config.get("architectures") or ()) & set(model.architectures):
+        config["architectures"] = [model.architectures[0]]
     config.pop("quantization_config", None)
-    head = model.lm_head
+    head = model.head
     has_own = head is not None and (isinstance(head, LoRAHead) or head.tied_to is None)
     if not model.config.tie_word_embeddings or (has_own and "lm_head.weight" not in model.copies):
         config["tie_word_embeddings"] = False
@@ -154,7 +160,7 @@ def stage_repository(
 
     def write_rest(folder: Path) -> dict[str, str]:
         digest = write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        beside = copy_files(source, folder, ("generation_config.json",))
+        beside = {} if isinstance(model, ScoreModel) else copy_files(source, folder, ("generation_config.json",))
         return {"config.json": digest} | beside | save_tokenizer(tokenizer, folder)
 
     return write

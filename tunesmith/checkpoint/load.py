@@ -20,9 +20,11 @@ from tunesmith.models.decoder import CausalLM
 from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.models.weights import model_name
 from tunesmith.nn.head import Head
+from tunesmith.nn.int4 import QDATA, apply_int4
 from tunesmith.nn.lora import ADAPTER_PARAMETERS
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, shard_rows
 from tunesmith.nn.quantize import BLOCK_SIZE, NF4Linear, quantize_nf4
+from tunesmith.nn.scheme import Scheme
 
 
 def read_model_config(folder: str | Path) -> tuple[dict[str, Any], Family, DecoderConfig]:
@@ -117,12 +119,21 @@ def _targets(model: nn.Module) -> dict[str, _Target]:
     return found
 
 
+def prepare_quantized(model: CausalLM, folder: str | Path) -> None:
+    """Let the layers whose weights are quantized in `folder` (see `nn.int4`) take them as they are; without values, like the rest."""
+    content = model.hf_config.get("quantization_config")
+    if content:
+        names = [name.removesuffix(f".{QDATA}") for name in find_weights(Path(folder)) if name.endswith(f".{QDATA}")]
+        apply_int4(model, names, Scheme.of_config(content))
+
+
 def load_weights(
     model: CausalLM,
     folder: str | Path,
     family: Family | None = None,
     new_rows_from: int | None = None,
     device: torch.device | str = "cpu",
+    without: str | None = None,
 ) -> None:
     """Read the weights in `folder` into `model`, tensor by tensor; adapters are left as they are. On a mesh each rank reads its own part.
 
@@ -132,17 +143,25 @@ def load_weights(
 
     new_rows_from: the rows that embedding and head have in the files, where the model has more: rows beyond start at the mean of the old ones.
 
+    without: what the names of parameters begin with that are left as they are, whether the files hold them or not.
+
     Raises UserError, naming file and tensor, for files that are missing or broken, shapes that differ, and tensors that lack or are left over.
     """
     folder = Path(folder)
-    targets, sources = _targets(model), {}
+    targets = {
+        name: target for name, target in _targets(model).items() if without is None or not name.startswith(without)
+    }
+    sources: dict[str | None, StoredTensor] = {}
     operators = getattr(model, "weights", family.weights if family else ())
     originals = {name: model.copies.get(name, name) for name in targets}
     unexpected = []
     for name, tensor in find_weights(folder).items():
         wanted = model_name(operators, name)
         sources[wanted] = tensor
-        is_known = wanted is None or wanted.endswith(".rotary_emb.inv_freq") or wanted.startswith(model.elsewhere)
+        is_left = without is not None and wanted is not None and wanted.startswith(without)
+        is_known = (
+            is_left or wanted is None or wanted.endswith(".rotary_emb.inv_freq") or wanted.startswith(model.elsewhere)
+        )
         if not is_known and wanted not in originals.values():
             unexpected.append(name)
     stored = {name: sources[original] for name, original in originals.items() if original in sources}

@@ -49,7 +49,8 @@ class Checkpoints:
 
     `stage_model(ranks)` is given by the caller: it stages the weights at once and returns the function that writes
     them, with digests, into a folder. So a checkpoint may be written in the background while training goes on. All ranks
-    save together; the main one gives the checkpoint its name when all have written their files.
+    save together; the main one gives the checkpoint its name when all have written their files. Then `upload` is called
+    with it, by all.
     """
 
     def __init__(
@@ -62,12 +63,15 @@ class Checkpoints:
         mesh: Mesh,
         keep_last: int | None = None,
         background: bool = False,
+        upload: Callable[[Path, Ranks], None] | None = None,
     ):
         self.folder = run_folder / "checkpoints"
         self.counters: dict[str, Any] = {}
+        self.running: dict[str, float] = {}
+        """What a method adds up over the run."""
         self.last_saved: int | None = None
         self._stage_model, self._optimizer, self._data, self._mesh = stage_model, optimizer, data, mesh
-        self._fingerprint, self._keep_last = fingerprint, keep_last
+        self._fingerprint, self._keep_last, self._upload = fingerprint, keep_last, upload
         # A thread that talks to other ranks beside the training needs a channel of its own.
         self._ranks = Ranks(mesh.rank, mesh.world_size, mesh.ranks.timeout) if background else mesh.ranks
         self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
@@ -91,6 +95,7 @@ class Checkpoints:
             "fingerprint": self._fingerprint,
             "layout": self._layout,
             "counters": dict(self.counters),
+            "running": dict(self.running),
             "data": self._data.merged(self._mesh.ranks.gather(self._data.state())),
             "optimizer": _merged(self._mesh.ranks.gather(values)),
             "python_random": random.getstate(),
@@ -131,6 +136,8 @@ class Checkpoints:
             )  # each rank reads some of the files back
             ranks.on_all(lambda: verify(partial, own))
             ranks.from_main(lambda: self._publish(partial, target, {**state, "digests": digests}))
+            if self._upload is not None:
+                self._upload(target, ranks)
         except OSError as error:
             self._clean_up(partial)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -148,10 +155,7 @@ class Checkpoints:
         _write_synced(partial / RESUME / "state.json", json.dumps(state))
         for folder in (partial / RESUME, partial):  # else a power cut may leave the new name without some of its files
             _sync_folder(folder)
-        if target.exists():  # the same step saved again, after a resume with less to do
-            _remove(target)
-        os.rename(partial, target)
-        _sync_folder(self.folder)
+        name_checkpoint(partial, target)
         point_latest(self.folder, target.name)
         if self._keep_last is not None:
             for _, folder in complete_checkpoints(self.folder)[: -self._keep_last]:
@@ -179,6 +183,8 @@ class Checkpoints:
         )
         self._data.load_state(state["data"])
         self.counters = dict(state["counters"])
+        self.running.clear()
+        self.running |= state.get("running", {})
         accelerator.set_rng_state(self._mesh.device, self._own_generators(stored))
         version, internal, gauss = state["python_random"]
         random.setstate((version, tuple(internal), gauss))
@@ -226,8 +232,11 @@ def find_newest(run_folder: Path) -> Path | None:
     return complete[-1][1] if complete else None
 
 
-def check_digests(checkpoint: Path, ranks: Ranks | None = None) -> None:
-    """Read a checkpoint's files back, each rank some of them; then `latest` names it. Raises UserError on all for a file that differs."""
+def check_digests(checkpoint: Path, ranks: Ranks | None = None, copy_of: str | None = None) -> None:
+    """Read a checkpoint's files back, each rank some of them; then `latest` names it. Raises UserError on all for a file that differs.
+
+    copy_of: where else it is.
+    """
     ranks = ranks or Ranks()
 
     def check_own() -> None:
@@ -235,9 +244,10 @@ def check_digests(checkpoint: Path, ranks: Ranks | None = None) -> None:
         try:
             verify(checkpoint, dict(digests[ranks.rank :: ranks.world_size]))
         except UserError as error:
-            raise UserError(
-                f"{error}; remove {checkpoint}, and `resume_from_checkpoint=true` takes the one before"
-            ) from error
+            cure = f"remove {checkpoint}, and `resume_from_checkpoint=true` takes the one before"
+            if copy_of is not None:
+                cure = f"remove {checkpoint}, and it is fetched again; or {copy_of}, and `resume_from_checkpoint=true` takes the one before"
+            raise UserError(f"{error}; {cure}") from error
 
     ranks.on_all(check_own)
     ranks.from_main(lambda: point_latest(checkpoint.parent, checkpoint.name))
@@ -276,6 +286,14 @@ def point_latest(folder: Path, name: str) -> None:
     _write_synced(temporary, name + "\n")
     os.replace(temporary, folder / "latest")
     _sync_folder(folder)
+
+
+def name_checkpoint(partial: Path, target: Path) -> None:
+    """Give a checkpoint whose files are all there its name."""
+    if target.exists():  # the same step saved again, after a resume with less to do
+        _remove(target)
+    os.rename(partial, target)
+    _sync_folder(target.parent)
 
 
 def _remove(folder: Path) -> None:

@@ -321,11 +321,13 @@ def write_tensors(
     stem: str,
     max_shard_size: float = 5e9,
     ranks: Ranks | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Write `tensors` as `stem`.safetensors, or as shards of at most `max_shard_size` bytes (infinite: one file, always) with an index; return {file: sha256}.
 
     On several ranks each names the tensors of which it holds a part, and all call this together: files are dealt out over
     the ranks, and their tensors brought together one at a time by the rank that writes them.
+    metadata: more of what the header of every file says.
     Each file appears under its name only when it is whole and on the disk. OSError passes through, on all ranks.
     """
     ranks = ranks or Ranks()
@@ -343,7 +345,7 @@ def write_tensors(
     shards = _cut(wholes, max_shard_size)
     names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     files = dict(zip(names if len(shards) > 1 else [f"{stem}.safetensors"], shards))
-    digests = _write_files(files, folder, outgoing, holders, ranks)
+    digests = _write_files(files, folder, outgoing, holders, ranks, metadata or {})
     if len(shards) == 1:
         return digests
     total_size = {
@@ -362,6 +364,7 @@ def _write_files(
     outgoing: dict[str, Outgoing],
     holders: dict[str, list[tuple[int, Part]]],
     ranks: Ranks,
+    metadata: Mapping[str, str],
 ) -> dict[str, str]:
     """Files go to ranks in turn; in each round every writer gets its next tensor."""
     queues: list[list[tuple[str, str]]] = [[] for _ in range(ranks.world_size)]
@@ -381,7 +384,7 @@ def _write_files(
             file, name = now[ranks.rank]  # type: ignore[misc]
             try:
                 if writing is None:
-                    writing = _Writing(folder / file, _header(files[file]))
+                    writing = _Writing(folder / file, _header(files[file], metadata))
                 writing.add(_view_bytes(whole))
                 if turn + 1 == len(queues[ranks.rank]) or queues[ranks.rank][turn + 1][0] != file:
                     digests[file], writing = writing.finish(), None
@@ -463,8 +466,8 @@ def _cut(tensors: dict[str, Outgoing], max_size: float) -> list[dict[str, Outgoi
     return shards
 
 
-def _header(tensors: dict[str, Outgoing]) -> bytes:
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: dict[str, Outgoing], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         table[name] = {

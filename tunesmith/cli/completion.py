@@ -92,7 +92,7 @@ def candidates(line: str) -> list[str]:
     verb, rest = words[1], words[2:]
     if verb in ("run", "cp", "cat", "validate"):
         return _of_config(verb, rest, current)
-    named = [*RECIPES, *torchtune.SFT_RECIPES] if verb == "ls" and not rest else []
+    named = [*RECIPES, *torchtune.TRAINING_RECIPES] if verb == "ls" and not rest else []
     return _starting(current, [*named, *OPTIONS.get(verb, [])]) if current or named else []
 
 

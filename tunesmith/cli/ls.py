@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from tunesmith.cli import take_flags
+from tunesmith.configs import grid
 from tunesmith.configs import torchtune_names as torchtune
 from tunesmith.configs.recipes import LATER_RECIPES, RECIPES, Recipe, find_recipe, overlays
 from tunesmith.errors import UserError
@@ -44,6 +45,12 @@ def _show_all() -> None:
     from tunesmith.models.families import named_sizes
 
     _section("RECIPES", {recipe.name: recipe.summary for recipe in RECIPES.values()})
+    print(
+        "GRID   every method trains every kind of weights, on every layout: one process, FSDP, copies, tensor, context, pipeline"
+    )
+    for line in grid.plain():
+        print(f"  {line}")
+    print()
     _section("OVERLAYS", {f"+{name}": text for name, text in overlays().items()})
     print(
         "MODELS   any folder or Hub id of these families; the named sizes also train from scratch (pretrain model=llama3_2/1B)"
@@ -60,7 +67,8 @@ def _show_all() -> None:
     print(
         "torchtune's config names work as --config, for `tune cp` and `tune cat`: FAMILY/SIZE_UPDATE[_single_device], such as"
     )
-    print("  llama3_2/1B_lora_single_device; UPDATE is one of full, full_low_memory, lora, qlora, dora, qdora")
+    print("  llama3_2/1B_lora_single_device; UPDATE is one of full, full_low_memory, lora, qlora, dora, qdora; also")
+    print("  SIZE_lora_dpo and SIZE_full_dpo, SIZE_qat_full and SIZE_qat_lora, TEACHER_to_SIZE_KD_lora")
     print()
     print("`tune ls RECIPE` lists a recipe's options")
 
@@ -99,9 +107,12 @@ def show_options(name: str) -> None:
 
 
 def _how(name: str) -> str:
-    if torchtune.SFT_RECIPES.get(name) == "lora":
-        return ", with +lora (or +qlora, +dora, …)"
-    return ""
+    training = torchtune.TRAINING_RECIPES.get(torchtune.bare(name))
+    if training is None:
+        return ""
+    lora = "+lora (or +dora, …)" if training.qat else "+lora (or +qlora, +dora, …)"
+    overlays = [lora] * (training.update == "lora") + ["+qat"] * training.qat
+    return f", with {' and '.join(overlays)}" if overlays else ""
 
 
 def _show_recipe(recipe: Recipe) -> None:

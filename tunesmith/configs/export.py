@@ -1,7 +1,7 @@
 """Options of `tune run export`."""
 
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tunesmith.configs._section import section
 from tunesmith.configs.shared import RunSettings
@@ -10,6 +10,8 @@ from tunesmith.configs.shared import RunSettings
 @section(kw_only=True)
 class Export(RunSettings):
     """Export: merge an adapter into its base, or change dtype and shards."""
+
+    takes_classifiers: ClassVar[bool] = True
 
     model: str
     """Folder or Hub id of a model or of a PEFT adapter."""

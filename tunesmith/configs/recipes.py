@@ -41,15 +41,23 @@ RECIPES = {
         _recipe(
             "pretrain", "Pretrain", "Pre-training: next-token loss on plain text, from scratch or from a checkpoint."
         ),
+        _recipe(
+            "preference",
+            "Preference",
+            "Preference tuning: raise preferred answers over rejected ones (DPO and its kin).",
+        ),
         _recipe("distill", "Distill", "Distillation: learn from a larger model's distribution over every next token."),
+        _recipe(
+            "reward",
+            "Reward",
+            "Models that score: rewards from preferred answers, classes of texts, steps of an answer.",
+        ),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
         _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
     )
 }
 
 LATER_RECIPES = {
-    "preference": "preference tuning (DPO and its kin)",
-    "reward": "reward models",
     "ppo": "PPO",
     "grpo": "GRPO",
     "quantize": "quantization for inference",
@@ -57,7 +65,6 @@ LATER_RECIPES = {
 }
 
 LATER_OVERLAYS = {
-    "qat": "quantization-aware training (QAT)",
     "fp8": "fp8 training",
 }
 

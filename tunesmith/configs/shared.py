@@ -77,6 +77,24 @@ class LoRAWeights(Checked):
             yield "`target_modules` names no layer; all-linear chooses every linear layer but the output layer"
 
 
+@section
+class QAT(Checked):
+    """Quantization-aware training: the model computes with rounded numbers, so that it learns to do without the digits that quantization takes."""
+
+    type: Literal["int8_dynamic_int4", "int4_weight_only", "float8"] = "int8_dynamic_int4"
+    """What is rounded: int8_dynamic_int4 (8da4w), weights to 4 bits in groups and each token's inputs to 8; int4_weight_only, the weights alone; float8, both."""
+    group_size: int = 32
+    """Neighbouring weights that share a scale (float8: a row does)."""
+    fake_quant_after_n_steps: int = 0
+    """Steps that compute with plain numbers first."""
+    skip_indivisible: bool = False
+    """Leave layers as they are whose inputs are no whole groups, instead of refusing the model."""
+
+    def problems(self):
+        yield from below(2, self, "group_size")
+        yield from below(0, self, "fake_quant_after_n_steps")
+
+
 # --- optimizer and schedule ----------------------------------------------------------------------
 
 
@@ -388,6 +406,9 @@ DEVICES = ("auto", "cuda", "xpu", "mps", "npu", "cpu")
 class RunSettings(Checked):
     """Where and how a recipe runs."""
 
+    takes_classifiers: ClassVar[bool] = False
+    """Whether its `model` may be one whose head gives scores instead of words."""
+
     device: str = "auto"
     """cuda, xpu, mps, npu or cpu; auto takes the accelerator if there is one."""
     dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
@@ -414,11 +435,13 @@ class TrainSettings(RunSettings):
     gives_way: ClassVar[dict[str, str]] = {"clip_grad_norm": "optimizer_in_bwd"}
 
     output_dir: str = "run"
-    """The run folder: config, metrics, checkpoints, report; must be empty unless resume_from_checkpoint is set."""
+    """The run folder: config, metrics, checkpoints, report; must be empty unless resume_from_checkpoint is set. Also a URL such as s3://bucket/run."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer and how a conversation becomes text."""
     weights: FullWeights | LoRAWeights = field(default_factory=FullWeights)
     """Which weights are trained: full, or lora."""
+    qat: QAT | None = None
+    """Train for a quantized model, which the end of the run writes to quantized/ in the run folder; null: no."""
     batch_size: int = 2
     """Rows per micro-batch and data-parallel rank."""
     batch_size_val: int | None = None
@@ -535,8 +558,28 @@ class TrainSettings(RunSettings):
         if self.optimizer_in_bwd:
             yield from self._in_backward()
         yield from pipeline_problems(self)
+        if self.qat is not None:
+            yield from self._quantizing(self.qat)
         if self.enable_activation_offloading and not self.enable_activation_checkpointing and self.compile:
             yield "`enable_activation_offloading` with `compile` needs `enable_activation_checkpointing`: only layer boundaries can be moved then"
+
+    def _quantizing(self, qat: QAT):
+        """What goes neither with rounding nor with merging."""
+        if isinstance(self.weights, LoRAWeights) and self.weights.quantize_base:
+            yield (
+                "`qat` can't be combined with `weights.quantize_base`: adapters are trained for the merged model, which NF4 weights "
+                "can't be merged into; set one of the two to null"
+            )
+        if isinstance(self.weights, LoRAWeights) and self.weights.dropout:
+            yield (
+                "`qat` can't be combined with `weights.dropout`: the merged weight is what is rounded, and has no adapter's input that "
+                "could be dropped; set `weights.dropout` to 0"
+            )
+        if self.max_steps is not None and qat.fake_quant_after_n_steps >= self.max_steps:
+            yield (
+                f"`qat.fake_quant_after_n_steps` = {qat.fake_quant_after_n_steps} leaves none of the `max_steps` = {self.max_steps} "
+                "to be trained with rounding: take fewer"
+            )
 
     def _in_backward(self):
         """What needs the whole gradient before the update; whether `global_batch_size` does is known with the number of ranks."""

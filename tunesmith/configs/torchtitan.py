@@ -67,6 +67,7 @@ DEFAULTS: dict[str, Any] = {
     "activation_checkpoint.mode": "selective",
     "activation_checkpoint.selective_ac_option": "2",
     "validation.freq": 10,
+    "validation.local_batch_size": 8,
 }
 """What torchtitan takes where a file says nothing, as far as we would take something else."""
 
@@ -294,15 +295,34 @@ class _Import:
             self.values.setdefault("validation.dataset", "c4_validation")
             self.source("validation", "dataset_val")
             self.put("run_val_every_n_steps", self.take("validation.freq"), "validation.freq")
-            if (steps := self.take("validation.steps", -1)) != -1:
-                self.put("max_val_steps", steps, "validation.steps")
-            if (rows := self.take("validation.local_batch_size")) is not None:
-                self.put("batch_size_val", rows, "validation.local_batch_size")
+            self.validation_steps()
+            self.put("batch_size_val", self.take("validation.local_batch_size"), "validation.local_batch_size")
             length = self.take("validation.seq_len")
             if length not in (None, self.values["training.seq_len"]):
                 self.tell("validation.seq_len", "validation has rows as long as training")
         else:
             self.taken |= {key for key in self.written if key.startswith("validation.")}
+
+    def validation_steps(self) -> None:
+        """There they are the micro-batches of each data-parallel rank, here those of all together."""
+        key = "validation.steps"
+        if (steps := self.number(key, -1)) == -1:
+            return
+        replicas = self.number("parallelism.data_parallel_replicate_degree", 1)
+        if (shards := self.number("parallelism.data_parallel_shard_degree", -1)) == -1:
+            degrees = {
+                name: self.number(f"parallelism.{name}_parallel_degree", 1)
+                for name in ("tensor", "context", "pipeline")
+            }
+            others = [f"{name}_parallel_dim {degree}" for name, degree in degrees.items() if degree > 1]
+            divided = f", divided by {' and '.join(others)}" if others else ""
+            self.tell(
+                key,
+                f"it counts those of each data-parallel rank, and `max_val_steps` those of all together: multiply {steps} by the number "
+                f"of data-parallel ranks, which the file leaves open (the number of processes{divided})",
+            )
+            shards = replicas = 1
+        self.put("max_val_steps", steps * replicas * shards, key)
 
     def source(self, section: str, ours: str) -> None:
         key, path_key = f"{section}.dataset", f"{section}.dataset_path"

@@ -1,4 +1,4 @@
-"""torchtune's components and keys in ours. This file and torchtune_names.py alone know that torchtune existed."""
+"""torchtune's components and keys in ours. This file and its neighbours torchtune_*.py alone know that torchtune existed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from typing import Any, NamedTuple
 from tunesmith.configs import _layers as layers
 from tunesmith.configs._interpolate import Interpolation
 from tunesmith.configs._layers import Node, Place, Problem
-from tunesmith.configs.recipes import overlay_path
+from tunesmith.configs.recipes import RECIPES, overlay_path
+from tunesmith.configs.torchtune_methods import DATA_SECTIONS, PAIRED_DATASETS, Methods, method_of_file
 from tunesmith.configs.torchtune_names import (
-    MODELS_NOT_THERE,
-    SFT_RECIPES,
+    TRAINING_RECIPES,
     bare,
-    defaults_of,
-    download_folder,
     is_download,
     is_recipe,
     method_not_there,
-    model_of_builder,
     recipe_for,
     repository,
 )
+from tunesmith.configs.torchtune_shipped import defaults_of
 
 
 class Translated(NamedTuple):
@@ -48,63 +46,91 @@ def translate(
         if method := method_not_there(name):
             problems.append(Problem(place, f"`{name}` is {method}, a method that is not there yet"))
             return nothing
-    tree = Node({}, Place(0, "", 0, True))
+    tree, own_model = _tree(recipe, configs, files, changes, problems)
+    if tree is None:
+        return nothing
+    ours = _our_recipe(recipe, configs, tree, problems)
+    if ours is None:
+        return nothing
+    tree = Interpolation(tree, _no_default, problems, strict=False).run()
+    from_config = bool(configs) or bool(tree.value.get("checkpointer"))
+    out = _Translation(tree, problems, from_config, ours, own_model).run()
+    for name in reversed(_overlays_of(recipe, tree, is_alone=not configs and not files)):
+        overlay = layers.read_file(overlay_path(name), 0, problems, shipped=True)
+        out = layers.merge(overlay, out, problems) if overlay else out
+    return Translated(ours, _part(out, shipped=True), _part(out, shipped=False))
+
+
+def _tree(
+    recipe: str | None,
+    configs: list[tuple[Place, str]],
+    files: list[Node],
+    changes: list[Change],
+    problems: list[Problem],
+) -> tuple[Node | None, Node | None]:
+    """(all layers as one tree in torchtune's keys, None where a config is missing; a model named by folder or Hub id in place of a builder)."""
+    tree, own_model = Node({}, Place(0, "", 0, True)), None
     for place, name in configs:
-        defaults = defaults_of(name, place, problems)
+        defaults = defaults_of(name, recipe, place, problems)
         if defaults is None:
-            return nothing
+            return None, None
         tree = layers.merge(tree, defaults, problems)
     for file in files:
         tree = layers.merge(tree, file, problems)
     for keys, node, _ in changes:
-        tree = (
-            layers.delete(tree, keys)
-            if node is None
-            else layers.merge(tree, layers.nest(keys, _component(keys, node)), problems)
-        )
-    ours = _our_recipe(recipe, configs, tree)
-    if method := _method_of_file(tree):
-        problems.append(Problem(tree.place, f"this config is for {method}, a method that is not there yet"))
-        return nothing
-    tree = Interpolation(tree, _no_default, problems, strict=False).run()
-    alone = ours == "sft" and not configs and not files and SFT_RECIPES.get(bare(recipe or "")) == "lora"
-    out = _Translation(
-        tree, problems, from_config=bool(configs) or bool(tree.value.get("checkpointer")), recipe=ours
-    ).run()
-    if alone:
-        overlay = layers.read_file(overlay_path("lora"), 0, problems, shipped=True)
-        out = layers.merge(overlay, out, problems) if overlay else out
-    return Translated(ours, _part(out, shipped=True), _part(out, shipped=False))
+        component = node and _component(keys, node)
+        if component is None:
+            tree = layers.delete(tree, keys)
+        elif keys == ["model"] and isinstance(component.value, str) and isinstance(_value(tree, "model"), dict):
+            own_model = component  # what the builder says of adapters stays
+        else:
+            tree = layers.merge(tree, layers.nest(keys, component), problems)
+    return tree, own_model
+
+
+def _value(tree: Node, key: str) -> Any:
+    return tree.value[key].value if key in tree.value else None
+
+
+def _overlays_of(recipe: str | None, tree: Node, is_alone: bool) -> list[str]:
+    """Our overlays that the name of a recipe stands for, where no config says more of it."""
+    training = TRAINING_RECIPES.get(bare(recipe or ""))
+    if training is None:
+        return []
+    lora = ["lora"] if is_alone and training.update == "lora" else []
+    return lora + (["qat"] if training.qat and not tree.value.keys() & {"quantizer", "qat"} else [])
 
 
 def _no_default(keys: list[str]) -> Any:
     raise KeyError(".".join(keys))
 
 
-def _our_recipe(recipe: str | None, configs: list[tuple[Place, str]], tree: Node) -> str:
-    if recipe and not is_recipe(recipe):
+def _our_recipe(
+    recipe: str | None, configs: list[tuple[Place, str]], tree: Node, problems: list[Problem]
+) -> str | None:
+    """Our recipe for the recipe, configs and keys; None, with a problem, where these are for several methods."""
+    if recipe and not is_recipe(recipe) and recipe not in RECIPES:
         return recipe
-    names = [recipe or "", *(name for _, name in configs)]
-    by_name = [ours for name in names if (ours := recipe_for(name))]
-    return by_name[0] if by_name else "generate" if "max_new_tokens" in tree.value else "sft"
-
-
-def _method_of_file(tree: Node) -> str | None:
-    """The method of a torchtune file, told by the sections that only it has."""
-    signs = {
-        "teacher_model": "knowledge distillation (KD)",
-        "ref_checkpointer": "DPO (preference tuning)",
-        "reward_and_value_model": "PPO",
-        "grpo_samples": "GRPO",
-        "tasks": "evaluation",
-    }
-    if (
-        (quantizer := tree.value.get("quantizer")) is not None
-        and quantizer.value is not None
-        and "dataset" in tree.value
-    ):
-        return "quantization-aware training (QAT)"
-    return next((method for key, method in signs.items() if key in tree.value), None)
+    named = [(Place(0, "command line"), recipe)] if recipe else []
+    found = [
+        (place, name, ours)
+        for place, name in [*named, *configs]
+        if (ours := RECIPES.get(name) and name or recipe_for(name))
+    ]
+    method, what, place = method_of_file(tree)
+    if method and method not in RECIPES:
+        problems.append(Problem(place, f"this config is for {method}, a method that is not there yet"))
+        return None
+    if method:
+        found.append((place, what, method))
+    for place, name, ours in found[1:]:
+        if ours != found[0][2]:
+            _, first, theirs = found[0]
+            other = "another" if first == theirs else f"the recipe {theirs}"
+            text = f"`{name}` belongs to the recipe {ours}, and `{first}` is {other}; take both from one recipe"
+            problems.append(Problem(place, text))
+            return None
+    return found[0][2] if found else "sft"
 
 
 def _part(node: Node, shipped: bool) -> Node:
@@ -124,17 +150,9 @@ def _component(keys: list[str], node: Node) -> Node:
     """`optimizer=torch.optim.AdamW` as `optimizer._component_=…`."""
     value = node.value
     sections = (
-        "optimizer",
-        "loss",
-        "lr_scheduler",
-        "dataset",
-        "dataset_val",
-        "model",
-        "tokenizer",
-        "checkpointer",
-        "metric_logger",
-        "profiler",
-    )
+        "optimizer loss lr_scheduler dataset dataset_val model tokenizer checkpointer metric_logger profiler "
+        "teacher_model teacher_checkpointer kd_loss ref_checkpointer quantizer"
+    ).split()
     if len(keys) == 1 and keys[0] in sections and isinstance(value, str) and "/" not in value:
         if value.startswith("torchtune.") or keys[0] == "optimizer" and "." in value:
             return Node({"_component_": node}, node.place)
@@ -149,10 +167,13 @@ HARMLESS: dict[str, tuple] = {
     "fp8_recipe_name": (None, "tensorwise"),
     "tensor_parallel_plan": (None,),
     "context_parallel_rotate_method": ("allgather", None),
-    "quantizer": (None,),
     "enable_kv_cache": (True, None),
-    "fake_quant_after_n_steps": (None,),
-    "collate_fn": ("torchtune.data.padded_collate_sft", "torchtune.data.padded_collate", None),
+    "collate_fn": (
+        "torchtune.data.padded_collate_sft",
+        "torchtune.data.padded_collate",
+        "torchtune.data.padded_collate_dpo",
+        None,
+    ),
 }
 """{key: values that ask for nothing we do otherwise}; any other value is a problem."""
 
@@ -192,15 +213,7 @@ DATASETS: dict[str, dict[str, Any]] = {
 INPUT_OUTPUT = ("instruct_dataset", "grammar_dataset", "samsum_dataset")
 """Data sets whose columns torchtune calls input and output, and we prompt and completion."""
 
-DATASETS_OF_METHODS_NOT_THERE = {
-    "preference_dataset": "DPO (preference tuning)",
-    "stack_exchange_paired_dataset": "DPO (preference tuning)",
-    "hh_rlhf_helpful_dataset": "DPO (preference tuning)",
-    "the_cauldron_dataset": "training on images",
-    "llava_instruct_dataset": "training on images",
-    "vqa_dataset": "training on images",
-    "multimodal_chat_dataset": "training on images",
-}
+DATASETS_OF_IMAGES = ("the_cauldron_dataset", "llava_instruct_dataset", "vqa_dataset", "multimodal_chat_dataset")
 
 OPTIMIZERS = {
     "torch.optim.AdamW": "adamw",
@@ -223,22 +236,21 @@ METRIC_LOGGERS = {
 ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
 
 
-class _Translation:
+class _Translation(Methods):
     """Walks a tree in torchtune's keys and writes one in ours."""
 
-    def __init__(self, tree: Node, problems: list[Problem], from_config: bool, recipe: str):
-        self.tree, self.problems, self.recipe = tree, problems, recipe
-        self.out = Node({}, tree.place)
-        self.base = Place(0, "", 0, True)
+    def __init__(self, tree: Node, problems: list[Problem], from_config: bool, recipe: str, own_model: Node | None):
+        super().__init__(tree, problems, recipe, own_model)
         self.from_config = from_config
 
     def run(self) -> Node:
-        if self.from_config and self.recipe == "sft":
+        if self.from_config and self.recipe in DATA_SECTIONS:
             self.put("lr_scheduler.warmup_ratio", Node(None, self.base))
             self.put("clip_grad_norm", Node(None, self.base))
             if "lr_scheduler" not in self.tree.value:
                 self.put("lr_scheduler.type", Node("constant", self.base))
-        for key, node in self.tree.value.items():
+        order = {"model": -1, "teacher_model": -1, "ref_checkpointer": 1}  # builders before folders, the reference last
+        for key, node in sorted(self.tree.value.items(), key=lambda entry: order.get(entry[0], 0)):
             handle = getattr(self, f"_{key}", None)
             if handle is not None:
                 handle(node)
@@ -246,27 +258,9 @@ class _Translation:
                 self.harmless(key, node, HARMLESS[key])
             elif key not in WITHOUT_EFFECT:
                 self.put(key, node)
+        if self.own_model is not None:
+            self.put("model", self.own_model)
         return self.out
-
-    def put(self, dotted: str, node: Node) -> None:
-        self.out = layers.merge(self.out, layers.nest(dotted.split("."), node), self.problems)
-
-    def report(self, node: Node, text: str) -> None:
-        self.problems.append(Problem(node.place, text))
-
-    def harmless(self, dotted: str, node: Node, values: tuple) -> None:
-        value = node.plain()
-        value = value.get("_component_") if isinstance(value, dict) else value
-        if value not in values:
-            self.report(node, f"torchtune's `{dotted}` has no counterpart here; leave it out")
-
-    def component(self, node: Node) -> tuple[Node | None, str, dict[str, Node]]:
-        """(the node of `_component_`, its value, the other keys) of a section."""
-        if not isinstance(node.value, dict):
-            return None, "", {}
-        entries = dict(node.value)
-        named = entries.pop("_component_", None)
-        return named, str(named.value) if named is not None else "", entries
 
     def _fsdp_reshard_after_forward(self, node: Node) -> None:
         ours = {True: "always", False: "never"}.get(node.value, node.value)
@@ -279,33 +273,20 @@ class _Translation:
             self.put("model", node)
             return
         named, dotted, entries = self.component(node)
-        size, prefix, kind = model_of_builder(dotted) if named is not None else (None, "", "")
-        if named is not None and size is None:
-            missing = next((what for family, what in MODELS_NOT_THERE.items() if f".{family}." in dotted), None)
-            self.report(
-                named,
-                f"{missing} is not there yet"
-                if missing
-                else f"torchtune's model `{dotted}` has no counterpart here; name a folder or Hub id: model=…",
-            )
+        found = self.built(named, dotted) if named is not None else None
+        if found is None and named is not None:
             return
-        if size is not None and named is not None:
-            self.put("model", Node(self.location(size, kind), named.place))
-        if prefix and named is not None:
+        if found is not None and named is not None:
+            self.put("model", Node(self.location(repository(found.size, found.kind)), named.place))
+        if found is not None and found.prefix and named is not None:
             self.put("weights.type", Node("lora", named.place))
-            self.lora(entries, size or "", prefix)
+            self.lora(entries, found.size, found.prefix)
         else:
             for key, child in entries.items():
                 self.report(
                     child,
                     f"`model.{key}` needs one of torchtune's lora_ models; here it is a key of `weights`, with `weights.type=lora`",
                 )
-
-    def location(self, size: str, kind: str) -> str:
-        """What a model of torchtune stands for: the folder its `tune download` made, or its Hub repository."""
-        repo = repository(size, kind)
-        folder = download_folder(repo)
-        return str(folder) if (folder / "config.json").is_file() else repo
 
     def lora(self, entries: dict[str, Node], size: str, prefix: str) -> None:
         """torchtune's LoRA arguments of a model, as our section `weights`."""
@@ -363,25 +344,12 @@ class _Translation:
         self.put("tokenizer.path", Node(str(folder), node.place, str(folder)) if whole else node)
 
     def _checkpointer(self, node: Node) -> None:
-        named, dotted, entries = self.component(node)
-        if dotted.endswith("FullModelTorchTuneCheckpointer") and named is not None:
-            self.report(
-                named, "torchtune's own checkpoint format is not read; use the model's Hugging Face or Meta files"
-            )
+        entries = self.weights_of("checkpointer", node)
         for key, child in entries.items():
             if key == "checkpoint_dir" and isinstance(child.value, str):
                 self.checkpoint_dir(child)
             elif key == "keep_last_n_checkpoints":
                 self.put(key, child)
-            elif key == "recipe_checkpoint" and child.value is not None:
-                self.report(
-                    child,
-                    "`checkpointer.recipe_checkpoint` has no counterpart; `resume_from_checkpoint=true` goes on from the newest checkpoint in output_dir",
-                )
-            elif key == "adapter_checkpoint" and child.value is not None:
-                self.report(
-                    child, "`checkpointer.adapter_checkpoint` is `weights.adapter` here: the folder of a PEFT adapter"
-                )
             elif key == "safe_serialization" and child.value is False:
                 self.report(
                     child,
@@ -419,14 +387,18 @@ class _Translation:
         out: dict[str, Node] = {}
         if named is not None and builder in DATASETS:
             out = {key: layers.to_node(value, named.place) for key, value in DATASETS[builder].items()}
+        elif named is not None and builder in PAIRED_DATASETS:
+            out = {key: layers.to_node(value, named.place) for key, value in PAIRED_DATASETS[builder].items()}
         elif named is not None:
-            method = DATASETS_OF_METHODS_NOT_THERE.get(builder)
             text = (
-                f"`{dotted}` is for {method}, which is not there yet"
-                if method
+                f"`{dotted}` is for training on images, which is not there yet"
+                if builder in DATASETS_OF_IMAGES
                 else f"torchtune's data set `{dotted}` has no counterpart here; name a file, folder or Hub id: dataset.source=…"
             )
             self.report(named, text)
+            return Node(layers.UNRESOLVED, node.place)
+        if named is not None and (self.recipe == "preference") != (builder in PAIRED_DATASETS):
+            self.report_wrong_data(named, dotted)
             return Node(layers.UNRESOLVED, node.place)
         for key, child in entries.items():
             self.data_key(key, child, entries, out, builder)
@@ -447,6 +419,8 @@ class _Translation:
             ours = {"input": "prompt", "output": "completion"}
             given = {ours.get(name, name): child for name, child in node.value.items()}
             out["column_map"] = Node({**getattr(out.get("column_map"), "value", {}), **given}, node.place)
+        elif key == "train_on_input" and self.recipe == "preference":
+            self.harmless(f"dataset.{key}", node, (False, None))
         elif key == "column":
             out["column_map"] = Node({"text": node}, node.place)
         elif key == "max_seq_len":
@@ -491,23 +465,6 @@ class _Translation:
                 self.harmless("lr_scheduler.num_cycles", child, (0.5,))
             else:
                 self.put(f"lr_scheduler.{key}", child)
-
-    def _loss(self, node: Node) -> None:
-        named, dotted, entries = self.component(node)
-        if named is None:
-            self.put("loss", node)
-            return
-        known = ("CEWithChunkedOutputLoss", "LinearCrossEntropyLoss", "CrossEntropyLoss")
-        if dotted.rpartition(".")[2] in known:
-            self.put("loss.type", Node("cross_entropy", named.place))
-        else:
-            self.report(
-                named,
-                f"torchtune's loss `{dotted}` has no counterpart here; fine-tuning takes the cross-entropy of the answers",
-            )
-        for key, child in entries.items():
-            if key not in ("num_output_chunks", "ignore_index"):  # chunks change memory only, not the loss
-                self.put(f"loss.{key}", child)
 
     def _compile(self, node: Node) -> None:
         if isinstance(node.value, dict):  # {model, loss, optimizer_step, …}

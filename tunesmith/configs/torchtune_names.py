@@ -1,13 +1,10 @@
-"""torchtune's recipes, models and configs by name: what they stand for, and what its configs set."""
+"""torchtune's recipes, models and configs by name: what they stand for."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
-
-from tunesmith.configs import _layers as layers
-from tunesmith.configs._layers import Node, Place, Problem
+from typing import NamedTuple
 
 MODELS = {
     "llama2/7B": "meta-llama/Llama-2-7b-hf",
@@ -54,24 +51,38 @@ MODELS = {
 
 MODELS_NOT_THERE = {"llama4": "Llama 4", "llama3_2_vision": "Llama 3.2 Vision", "dev": "the experimental recipes"}
 
-SFT_RECIPES = {
-    "full_finetune_single_device": "full",
-    "full_finetune_distributed": "full",
-    "lora_finetune_single_device": "lora",
-    "lora_finetune_distributed": "lora",
-    "lora_finetune_distributed_multi_dataset": "lora",
+
+class Training(NamedTuple):
+    """What a recipe or a config of torchtune trains."""
+
+    recipe: str
+    """Our recipe."""
+    update: str
+    """Which weights: full, or lora and its kin."""
+    qat: bool = False
+
+
+TRAINING_RECIPES = {
+    "full_finetune_single_device": Training("sft", "full"),
+    "full_finetune_distributed": Training("sft", "full"),
+    "lora_finetune_single_device": Training("sft", "lora"),
+    "lora_finetune_distributed": Training("sft", "lora"),
+    "lora_finetune_distributed_multi_dataset": Training("sft", "lora"),
+    "full_dpo_single_device": Training("preference", "full"),
+    "full_dpo_distributed": Training("preference", "full"),
+    "lora_dpo_single_device": Training("preference", "lora"),
+    "lora_dpo_distributed": Training("preference", "lora"),
+    "knowledge_distillation_single_device": Training("distill", "lora"),
+    "knowledge_distillation_distributed": Training("distill", "lora"),
+    "qat_single_device": Training("sft", "full", qat=True),
+    "qat_distributed": Training("sft", "full", qat=True),
+    "qat_lora_finetune_distributed": Training("sft", "lora", qat=True),
 }
-"""{recipe: which weights it trains}."""
 
 METHODS_NOT_THERE = {
     "async_grpo": "GRPO",
     "grpo": "GRPO",
     "ppo": "PPO",
-    "dpo": "DPO (preference tuning)",
-    "knowledge_distillation": "knowledge distillation (KD)",
-    "_KD_": "knowledge distillation (KD)",
-    "_to_": "knowledge distillation (KD)",
-    "qat": "quantization-aware training (QAT)",
     "early_exit": "early-exit training (LayerSkip)",
     "eval": "evaluation",
     "quantiz": "quantization for inference",
@@ -80,22 +91,36 @@ METHODS_NOT_THERE = {
 
 GENERATE_RECIPES = ("generate_v2", "generate_v2_distributed")
 OTHER_RECIPES = (
-    "qat_single_device qat_distributed qat_lora_finetune_distributed knowledge_distillation_single_device knowledge_distillation_distributed "
-    "lora_dpo_single_device lora_dpo_distributed full_dpo_single_device full_dpo_distributed ppo_full_finetune_single_device "
-    "grpo_full_finetune_distributed async_grpo_full_finetune_distributed eleuther_eval early_exit_finetune_distributed"
-).split()
+    "ppo_full_finetune_single_device",
+    "grpo_full_finetune_distributed",
+    "async_grpo_full_finetune_distributed",
+    "eleuther_eval",
+    "early_exit_finetune_distributed",
+)
 
-_CONFIG = r"(?P<size>[^_].*?)_(?P<update>full_low_memory|full|lora|qlora|dora|qdora)(?P<scale>_single_device|_distributed|_multinode)?"
+_UPDATE = r"(?P<update>full|q?lora|q?dora)"
+_SCALE = r"(?P<scale>_single_device|_distributed|_multinode)?"
+_FORMS = {
+    "distill": rf"(?P<teacher>[^_]+)_to_(?P<size>[^_]+)_KD(?:_{_UPDATE})?{_SCALE}",
+    "preference": rf"(?P<size>[^_]+)(?:_{_UPDATE})?_dpo{_SCALE}",
+    "qat": rf"(?P<size>[^_]+)_qat(?:_(?P<update>full|lora))?{_SCALE}",
+    "sft": rf"(?P<size>[^_].*?)_(?P<update>full_low_memory|full|q?lora|q?dora){_SCALE}",
+}
+"""{kind: how the part of a config's name behind the slash reads}."""
 
 
 def recipe_names() -> list[str]:
-    return [*SFT_RECIPES, *GENERATE_RECIPES, *OTHER_RECIPES]
+    return [*TRAINING_RECIPES, *GENERATE_RECIPES, *OTHER_RECIPES]
 
 
 def config_names() -> list[str]:
     """The names of configs for methods that are there."""
     updates = ("full", "full_single_device", "lora", "lora_single_device", "qlora", "qlora_single_device")
-    return [f"{model}_{update}" for model in MODELS for update in updates] + ["generation"]
+    updates += ("full_dpo", "lora_dpo", "lora_dpo_single_device", "qat_full", "qat_lora", "qat_single_device")
+    pairs = ("llama3_2/8B_to_1B", "qwen2/1.5B_to_0.5B", "qwen2_5/14B_to_7B")
+    scales = ("single_device", "distributed")
+    distilled = [f"{pair}_KD_lora_{scale}" for pair in pairs for scale in scales]
+    return [*(f"{model}_{update}" for model in MODELS for update in updates), *distilled, "generation"]
 
 
 def is_recipe(name: str) -> bool:
@@ -104,9 +129,20 @@ def is_recipe(name: str) -> bool:
 
 def recipe_for(name: str) -> str | None:
     """Our recipe for a recipe or config of torchtune; None for any other name or a method that is not there."""
-    if bare(name) in SFT_RECIPES or (is_config_name(name) and "/" in name and not method_not_there(name)):
-        return "sft"
+    if training := TRAINING_RECIPES.get(bare(name)):
+        return training.recipe
+    if is_config_name(name) and "/" in name and not method_not_there(name):
+        kind, _ = form_of(name.partition("/")[2])
+        return "sft" if kind in (None, "qat") else kind
     return "generate" if bare(name) in GENERATE_RECIPES or name == "generation" else None
+
+
+def form_of(rest: str) -> tuple[str | None, dict[str, str]]:
+    """(the kind of _FORMS that the part of a config's name behind the slash has, its parts that are named)."""
+    for kind, form in _FORMS.items():
+        if found := re.fullmatch(form, rest):
+            return kind, {part: text for part, text in found.groupdict().items() if text}
+    return None, {}
 
 
 def is_config_name(name: str) -> bool:
@@ -121,7 +157,7 @@ def is_size_name(name: str) -> bool:
     family, _, size = name.partition("/")
     return (
         bool(re.fullmatch(r"[\w.]+/[\w.]+", name))
-        and not re.fullmatch(_CONFIG, size)
+        and form_of(size)[0] is None
         and not name.endswith((".yaml", ".yml", ".py", ".toml"))
     )
 
@@ -135,74 +171,7 @@ def bare(name: str) -> str:
     return name.removeprefix("dev/").removesuffix(".py")
 
 
-# --- what torchtune's configs say ----------------------------------------------------------------
-
-
-def defaults_of(name: str, place: Place, problems: list[Problem]) -> Node | None:
-    """The config of this name, in torchtune's keys."""
-    shipped = place._replace(shipped=True)
-    if name in ("generation", "generation_v2"):
-        model = _builder("llama2/7B", "")
-        settings = {
-            "prompt": {"system": None, "user": "Tell me a joke."},
-            "max_new_tokens": 300,
-            "temperature": 0.6,
-            "top_k": 300,
-        }
-        return layers.to_node({"model": {"_component_": model}, "dtype": "bf16", "seed": 1234} | settings, shipped)
-    family, _, rest = name.partition("/")
-    if family in MODELS_NOT_THERE:
-        problems.append(Problem(place, f"`{name}`: {MODELS_NOT_THERE[family]} is not there yet"))
-        return None
-    parts = re.fullmatch(_CONFIG, rest)
-    sizes = {model.partition("/")[2]: model for model in MODELS if model.startswith(f"{family}/")}
-    if parts is None or parts["size"] not in sizes:
-        from tunesmith.configs._suggest import did_you_mean
-
-        hint = did_you_mean(name, config_names()) or f"; {family} has the sizes {', '.join(sizes)}"
-        problems.append(Problem(place, f"no config `{name}`{hint}"))
-        return None
-    return layers.to_node(_sft_settings(sizes[parts["size"]], parts["update"], parts["scale"] or ""), shipped)
-
-
-def _sft_settings(model: str, update: str, scale: str) -> dict[str, Any]:
-    lora = update.endswith("ora")
-    settings: dict[str, Any] = {
-        "output_dir": f"/tmp/torchtune/{model.replace('/', '_')}/{update}{scale}",
-        "model": {"_component_": _builder(model, "lora_" if lora else "")},
-        "dataset": {"_component_": "torchtune.datasets.alpaca_cleaned_dataset", "packed": False},
-        "seed": None,
-        "shuffle": True,
-        "batch_size": 2,
-        "epochs": 1,
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-5, "fused": True},
-        "loss": {"_component_": "torchtune.modules.loss.LinearCrossEntropyLoss"},
-        "gradient_accumulation_steps": 1,
-        "clip_grad_norm": None,
-        "enable_activation_checkpointing": True,
-        "dtype": "bf16",
-    }
-    if lora:
-        adapters = {
-            "lora_attn_modules": ["q_proj", "v_proj", "output_proj"],
-            "apply_lora_to_mlp": True,
-            "apply_lora_to_output": False,
-        }
-        settings["model"] |= adapters | {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0}
-        settings["model"] |= {"use_dora": True} if "dora" in update else {}
-        settings["model"] |= {"quantize_base": True} if update.startswith("q") else {}
-        settings["optimizer"] |= {"lr": 3e-4, "weight_decay": 0.01}
-        schedule = "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
-        settings |= {
-            "lr_scheduler": {"_component_": schedule, "num_warmup_steps": 100},
-            "gradient_accumulation_steps": 8,
-        }
-    elif update == "full_low_memory" or scale == "_single_device":
-        settings["optimizer_in_bwd"] = True
-    return settings
-
-
-def _builder(model: str, prefix: str) -> str:
+def builder(model: str, prefix: str) -> str:
     family, _, size = model.partition("/")
     return f"torchtune.models.{family}.{prefix}{family}_{size.lower().replace('.', '_')}"
 
@@ -236,7 +205,11 @@ def download_folder(repo: str) -> Path:
 
 def is_download(folder: Path) -> bool:
     """Whether this is a folder that torchtune's `tune download` makes for one of its models."""
+    return downloaded(folder) is not None
+
+
+def downloaded(folder: Path) -> str | None:
+    """The Hub repository of one of torchtune's models that its `tune download` puts into this folder."""
     bare = folder.name.replace("_", ".")
-    return str(folder.parent) == "/tmp" and any(
-        repo.rpartition("/")[2].replace("_", ".") == bare for repo in MODELS.values()
-    )
+    repos = MODELS.values() if str(folder.parent) == "/tmp" else ()
+    return next((repo for repo in repos if repo.rpartition("/")[2].replace("_", ".") == bare), None)

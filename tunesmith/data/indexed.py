@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -203,6 +204,12 @@ class IndexedOrder:
             [source.loaded.fingerprint, max_seq_len, source.data.packed, data.weight]
             for source, data in zip(opened, sources)
         ]
+
+    def unweighted(self) -> IndexedOrder:
+        order = copy.copy(self)
+        order.mixture = Mixture(self.sources, [None] * len(self.sources), None)
+        order.steps_per_epoch = math.ceil(order.mixture.num_rows / self.rows_per_step)
+        return order
 
     def report(self, state: dict[str, Any]) -> DataReport:
         counts = self.mixture.counts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 from tunesmith.configs.data import DataSection
@@ -145,6 +146,10 @@ class Order(Protocol):
         """What became of the rows: of a stream those that were needed up to `state`, else all."""
         ...
 
+    def unweighted(self) -> Order:
+        """The order in which one epoch has each row once."""
+        ...
+
     def rows(self, epoch: int, step: int, rank: int, ranks: int, most: int | None = None) -> list[TokenRow]:
         """This rank's rows, as many as every rank's; `most`: where a step is cut short, rows over all ranks."""
         ...
@@ -173,6 +178,7 @@ class Batches:
         units: Units | None = None,
     ):
         self.order, self.mesh, self.pad_id, self.units = order, mesh, pad_id, units
+        self._config = config
         self.num_indexed = order.num_indexed
         """extra["index"] is below this; 0 where batches have none: it was not asked for, or the data is streamed."""
         self.rows_per_step, self.batch_size = rows_per_step, batch_size
@@ -196,6 +202,18 @@ class Batches:
         parts += [units.name] if units else []
         self.fingerprint = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
         """Changes with anything that would change the rows of a step, but for the seed."""
+
+    @property
+    def index_fingerprint(self) -> str:
+        """Changes with what stands at the places that extra["index"] names, and with how much of it is read."""
+        return repr([entry[:2] for entry in self.order.fingerprint])
+
+    def each_row_once(self) -> Batches:
+        """The same rows (of indexed data), each in one step whatever its source's weight, and no more often."""
+        config = replace(self._config, max_val_steps=None)
+        order = self.order.unweighted()
+        rows = (config, self.mesh, self.pad_id, self.rows_per_step, self.batch_size)
+        return Batches(order, *rows, validation=True, units=self.units)
 
     @property
     def report(self) -> DataReport:

@@ -20,12 +20,15 @@ from tunesmith.data.parts import open_parts
 from tunesmith.data.report import DataReport
 from tunesmith.data.sources import open_rows
 from tunesmith.data.tokenizer import Tokenizer, find_tokenizer
+from tunesmith.data.units import Units, likely_units
 
 TRAINED = ("black on green", "black on bright_green")
 READ = ("none", "dim")
 """Styles that alternate, so that the ends of tokens show."""
 MOST_TOKENS = 1000
 """Shown of one row."""
+_VALUES = {"answers": "desirable:", "classified": "class"}
+"""What the value of a document says."""
 OPEN, CLOSE = "⟦", "⟧"
 """Around what is in the loss, where there are no colours."""
 
@@ -38,19 +41,22 @@ def preview(config: Any, count: int = 3, console: Console | None = None) -> None
     console = console or Console(highlight=False, soft_wrap=True)
     tokenizer, max_seq_len = _tokenizer(config)
     for data in config.dataset if isinstance(config.dataset, list) else [config.dataset]:
-        preview_source(data, tokenizer, count, console)
+        units = preview_source(data, tokenizer, count, console)
         if not data.streaming:
             resolved, reading = resolve(data)
-            source = IndexedSource(load_documents(resolved, reading, tokenizer), resolved, max_seq_len, None)
+            loaded = load_documents(resolved, reading, tokenizer, units)
+            source = IndexedSource(loaded, resolved, max_seq_len, None, units)
             console.print(Text(str(DataReport([source.report(1.0)])), style="bold"))
     console.print(Text("green: in the loss" if console.is_terminal else f"{OPEN}…{CLOSE}: in the loss"))
 
 
-def preview_source(data: DataSection, tokenizer: Tokenizer, count: int, console: Console) -> None:
-    """The same for one source."""
+def preview_source(data: DataSection, tokenizer: Tokenizer, count: int, console: Console) -> Units | None:
+    """The same for one source, without what became of all rows; returns what its rows are shown as."""
     resolved, reading = resolve(data)
-    reader = RowReader(resolved, reading, tokenizer)
-    for number, place, row in islice(_rows(resolved), count):
+    rows = list(islice(_rows(resolved), count))
+    units = likely_units(resolved, rows[0][2], reading, rows[0][1]) if rows else None
+    reader = RowReader(resolved, reading, tokenizer, units)
+    for number, place, row in rows:
         report = Reading()
         documents = reader.collect([(number, place, row)], report)
         console.print(Text(f"─── {place} ", style="bold") + Text(f"({reader.format})", style="dim"))
@@ -58,11 +64,15 @@ def preview_source(data: DataSection, tokenizer: Tokenizer, count: int, console:
         if not len(documents.ids):
             console.print(Text(f"can't be used: {skipped_text(report)}\n", style="red"))
             continue
-        ids, mask = documents.ids.tolist(), documents.mask.tolist()
-        console.print(tokens_as_text(ids[:MOST_TOKENS], mask[:MOST_TOKENS], tokenizer, console.is_terminal))
-        if len(ids) > MOST_TOKENS:
-            console.print(Text(f"… and {len(ids) - MOST_TOKENS:,} more tokens", style="dim"))
-        console.print(Text(f"{len(ids):,} tokens, {sum(mask):,} in the loss\n", style="bold"))
+        for start, end, value in zip(documents.starts, documents.ends, documents.values):
+            ids, mask = documents.ids[start:end].tolist(), documents.mask[start:end].tolist()
+            console.print(tokens_as_text(ids[:MOST_TOKENS], mask[:MOST_TOKENS], tokenizer, console.is_terminal))
+            if len(ids) > MOST_TOKENS:
+                console.print(Text(f"… and {len(ids) - MOST_TOKENS:,} more tokens", style="dim"))
+            marked = "where a score is read" if units and units.scored else "in the loss"
+            about = f", {_VALUES[units.name]} {value:g}" if units and units.name in _VALUES else ""
+            console.print(Text(f"{len(ids):,} tokens, {sum(mask):,} {marked}{about}\n", style="bold"))
+    return units
 
 
 def _tokenizer(config: Any) -> tuple[Any, int]:

@@ -236,6 +236,9 @@ class StreamedOrder:
             for source, data in zip(self.sources, sources)
         ]
 
+    def unweighted(self) -> StreamedOrder:
+        raise ValueError("a stream has no end: its rows can't all be read beforehand")
+
     def report(self, state: dict[str, Any]) -> DataReport:
         sources = zip(self.sources, state["parts"], self.shares)
         return DataReport([source.report(parts, share) for source, parts, share in sources])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+from tunesmith.configs.data import DataSection, PreferenceData, RewardData
 from tunesmith.data.formats import BadRow, Example, Format, Message, Reading, Row, choose_format, shown
 from tunesmith.data.preference_formats import CLASSIFICATION, PREFERENCE, STEPWISE, UNPAIRED
 from tunesmith.data.tokenizer import Tokenizer
@@ -71,11 +72,23 @@ def choose_units(row: Row, reading: Reading, place: str, units: Units) -> str:
         return name
     if not units.scored:
         raise UserError(
-            f"{place}: an answer with a label (the format unpaired) is half of no pair: train on it with `loss.type: kto`, which takes answers one by one"
+            f"{place}: an answer with a label (the format unpaired) is half of no pair: train on it with `loss.type: kto` or `bco`, which take answers one by one"
         )
     tasks = {name: task for task, one in REWARD_UNITS.items() for name in one.formats}
     own = next(task for task, one in REWARD_UNITS.items() if one is units)
     raise UserError(f"{place}: the format {name} is for the task `{tasks[name]}`, and this run's task is `{own}`")
+
+
+def likely_units(data: DataSection, row: Row, reading: Reading, place: str) -> Units | None:
+    """What the rows of a source are best shown as, no recipe being asked; None for conversations and texts."""
+    if isinstance(data, PreferenceData):
+        name = choose_format(row, reading, place, {**_PAIRS, **_SINGLE})
+        return PREFERENCE_UNITS["pairs" if name == "preference" else "answers"]
+    if isinstance(data, RewardData):
+        by_format = {name: one for one in REWARD_UNITS.values() for name in one.formats}
+        known = {name: format for one in REWARD_UNITS.values() for name, format in one.formats.items()}
+        return by_format[choose_format(row, reading, place, known)]
+    return None
 
 
 class Encoded(NamedTuple):
@@ -152,7 +165,7 @@ def _answers(flat: list[Conversation], tokenizer: Tokenizer) -> list[Any]:
 
 
 def _whole(flat: list[Conversation], tokenizer: Tokenizer) -> list[Any]:
-    """Ids of conversations, and a mask of their last token; or a UserError."""
+    """Ids of conversations, and a mask of the token at which they end; or a UserError."""
     results: list[Any] = []
     for messages, tools, _ in flat:
         try:
@@ -161,13 +174,13 @@ def _whole(flat: list[Conversation], tokenizer: Tokenizer) -> list[Any]:
             results.append(error)
     texts = [text for text in results if isinstance(text, str)]
     ids = iter(tokenizer.encode_batch(texts, add_special_tokens=False) if texts else [])
-    return [_marked(next(ids)) if isinstance(result, str) else result for result in results]
+    return [_marked(next(ids), tokenizer.pad_id) if isinstance(result, str) else result for result in results]
 
 
-def _marked(ids: list[int]) -> tuple[list[int], list[bool]]:
-    mask = [False] * len(ids)
-    mask[-1:] = [True] * bool(ids)
-    return ids, mask
+def _marked(ids: list[int], pad_id: int) -> tuple[list[int], list[bool]]:
+    """Ids and a mask of the last one that doesn't also stand for padding: there transformers reads a text's score."""
+    last = max((place for place, token in enumerate(ids) if token != pad_id), default=0)
+    return ids, [place == last for place in range(len(ids))]
 
 
 def encode_classified(
@@ -177,7 +190,9 @@ def encode_classified(
     chats = [(example["messages"], example["tools"], 0.0) for example in examples if "messages" in example]
     texts = [example["text"] for example in examples if "text" in example]
     of_chats = iter(_whole(chats, tokenizer))
-    of_texts: Iterator[Any] = iter([_marked(ids) for ids in tokenizer.encode_batch(texts)] if texts else [])
+    of_texts: Iterator[Any] = iter(
+        [_marked(ids, tokenizer.pad_id) for ids in tokenizer.encode_batch(texts)] if texts else []
+    )
     for example in examples:
         result = next(of_chats if "messages" in example else of_texts)
         if isinstance(result, UserError):

@@ -19,7 +19,9 @@ from tunesmith.errors import UserError
 from tunesmith.generation.sampling import Sampling, choose, uniforms
 from tunesmith.generation.text import TextStream, continuation_text
 from tunesmith.models.decoder import CausalLM
+from tunesmith.models.families import check_speaks
 from tunesmith.models.family import DecoderConfig
+from tunesmith.models.score import ScoreModel
 from tunesmith.nn.kv_cache import KVCache
 from tunesmith.nn.part import let_go
 
@@ -89,8 +91,10 @@ def generate_completions(
     another way somewhere must not lead them apart.
 
     A sequence's text does not depend on what else is generated (but for rounding: cached rows of a batch agree with single ones to about 1e-6).
-    Raises UserError for a prompt that is empty or longer than the model's context.
+    Raises UserError for a prompt that is empty or longer than the model's context, and for a model whose head gives scores.
     """
+    if isinstance(model, ScoreModel):
+        check_speaks(model.family, model.hf_config, "this model")
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
     encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
     for index, ids in enumerate(encoded):

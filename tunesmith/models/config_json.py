@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.nn.config import RopeConfig
+from tunesmith.nn.scheme import Scheme
 
 HARMLESS = frozenset(
     """
@@ -19,7 +20,7 @@ HARMLESS = frozenset(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences exponential_decay_length_penalty suppress_tokens begin_suppress_tokens forced_bos_token_id
     forced_eos_token_id remove_invalid_values tf_legacy_loss chunk_size_feed_forward unsloth_fixed unsloth_version
-    chat_template special_tokens original_architecture is_llama_config
+    classifier_dropout token_classification_bias chat_template special_tokens original_architecture is_llama_config
     """.split()
 )
 """Keys that don't change what the model computes. Those that begin with an underscore don't either."""
@@ -36,7 +37,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, []),
     "tie_encoder_decoder": (False,),
     "clip_qkv": (),
-    "quantization_config": (),
     "attn_logit_softcapping": (),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -72,7 +72,7 @@ _MUST_BE = {
             lambda value: _is_whole(value) and value > 0,
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
             "max_position_embeddings original_max_position_embeddings sliding_window sliding_window_pattern "
-            "_sliding_window_pattern",
+            "_sliding_window_pattern num_labels",
         ),
         ("a whole number, 0 or more", lambda value: _is_whole(value) and value >= 0, "max_window_layers"),
         ("a whole number", _is_whole, "bos_token_id pad_token_id"),
@@ -105,7 +105,7 @@ _MUST_BE = {
         (
             "an object",
             lambda value: isinstance(value, dict),
-            "rope_scaling rope_parameters full_attention sliding_attention text_config",
+            "rope_scaling rope_parameters full_attention sliding_attention text_config id2label",
         ),
         # Of adapter_config.json:
         ("a whole number above 0", lambda value: _is_whole(value) and value > 0, "r"),
@@ -182,6 +182,9 @@ class ConfigJson:
     def finish(self) -> None:
         for key, value in self.hf.items():
             if key in self.taken or key in HARMLESS or key.startswith("_") or value is None:
+                continue
+            if key == "quantization_config":
+                Scheme.of_config(value)  # how numbers are held, not the shape: `checkpoint.load` heeds it
                 continue
             if key not in OFF:
                 raise UserError(

@@ -5,6 +5,7 @@ B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterable
 from typing import Any
@@ -110,13 +111,15 @@ class CausalLM(nn.Module):
     """A decoder and its head. forward gives hidden states, because losses apply the head themselves, in chunks."""
 
     block: type[nn.Module] = Block
+    head_name = "lm_head"
+    """The attribute that holds the output layer, and what the names of its parameters begin with."""
+    lm_head: Head
 
     def __init__(self, config: DecoderConfig, family: Family, hf_config: dict[str, Any]):
         super().__init__()
         self.config, self.family, self.hf_config = config, family, hf_config
         self.model = Decoder(config, self.block)
-        tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = Head(config.hidden_size, config.vocab_size, tied_to, config.final_logit_softcap)
+        setattr(self, self.head_name, self.build_head())
         self.max_seq_len: int | None = None
         self.sequence_shards: SequenceShards | None = None
         """Set where ranks share the rows of a training batch: forward then takes this rank's tokens, with their positions and documents."""
@@ -126,6 +129,26 @@ class CausalLM(nn.Module):
         """What the names of their parameters start with."""
         self.copies: dict[str, str] = {}
         """{parameter: the one that it is a copy of}, here or on another rank: kept equal, counted once, saved once."""
+
+    def build_head(self) -> Any:
+        """The output layer, uninitialised."""
+        tied_to = self.model.embed_tokens if self.config.tie_word_embeddings else None
+        return Head(self.config.hidden_size, self.config.vocab_size, tied_to, self.config.final_logit_softcap)
+
+    @property
+    def head(self) -> Any:
+        """The output layer; None on a rank of a pipeline that lacks the last stage."""
+        return getattr(self, self.head_name)
+
+    @property
+    def num_outputs(self) -> int:
+        """What the output layer gives for a token."""
+        return self.config.vocab_size
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """What config.json may call it, the usual name first."""
+        return self.family.architectures
 
     def init_buffers(self, device: torch.device | str | None = None, max_seq_len: int | None = None) -> None:
         """To be called after to_empty. max_seq_len: in training, rotary frequencies that depend on a sequence's length
@@ -158,7 +181,7 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V) as transformers computes them: rotary frequencies that depend on the
         length are those of this input's length, whatever max_seq_len is. Takes whole rows, on every layout."""
-        return self.lm_head.logits(self._hidden(input_ids, positions, documents, cache, None))
+        return self.head.logits(self._hidden(input_ids, positions, documents, cache, None))
 
     @property
     def weights(self) -> tuple[Operator, ...]:
@@ -291,5 +314,13 @@ def build(hf: dict[str, Any], family: Family, config: DecoderConfig) -> CausalLM
 
     hf: what config.json will hold when the model is saved.
     """
-    module, _, name = family.model.partition(":")
-    return getattr(importlib.import_module(module), name)(config, family, hf)
+    kinds = [family.model] if family.scores(hf) is None else ["tunesmith.models.score:ScoreModel", family.model]
+    return _mixed(*kinds)(config, family, hf)
+
+
+@functools.cache
+def _mixed(*names: str) -> Any:
+    """The class that has the classes of these dotted names for bases; a single one itself."""
+    classes = [getattr(importlib.import_module(module), name) for module, _, name in (n.partition(":") for n in names)]
+    bases = [kind for kind in classes if not any(kind is not other and issubclass(other, kind) for other in classes)]
+    return bases[0] if len(bases) == 1 else type("".join(kind.__name__ for kind in bases), tuple(bases), {})

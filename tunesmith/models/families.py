@@ -40,7 +40,8 @@ def find_family(hf: dict[str, Any], where: str) -> Family:
             checked(key, hf[key], where)
     wanted = hf.get("architectures") or []
     for family in all_families():
-        if set(wanted) & set(family.architectures):
+        names = {*family.architectures, family.classifier(per_token=False), family.classifier(per_token=True)}
+        if set(wanted) & names:
             return family
         if not wanted and hf.get("model_type") in family.model_types:
             return family
@@ -49,6 +50,15 @@ def find_family(hf: dict[str, Any], where: str) -> Family:
             f"{where} names neither `architectures` nor a `model_type`: is it a language model's config.json?"
         )
     raise UserError(_unknown(wanted[0] if wanted else hf["model_type"], where, bool(wanted)))
+
+
+def check_speaks(family: Family, hf: dict[str, Any], where: str) -> None:
+    """Raise UserError for a reward model or classifier, where a language model is wanted."""
+    if family.scores(hf) is not None:
+        raise UserError(
+            f"{where} is a reward model or classifier ({', '.join(hf['architectures'])}), whose head gives scores instead of words: "
+            "name a language model"
+        )
 
 
 def model_config(folder: str | Path) -> tuple[dict[str, Any], Family, DecoderConfig]:

@@ -12,10 +12,13 @@ from tunesmith.nn.part import local_tensor, parameter_parts
 
 
 @torch.no_grad()
-def initialize(model: CausalLM, seed: int) -> None:
-    """Fill every parameter of a materialised model, or the part of it that is here: on every mesh it is drawn as a whole."""
+def initialize(model: CausalLM, seed: int, prefix: str = "") -> None:
+    """Fill every parameter of a materialised model whose name begins with `prefix`, or the part of it that is here: on
+    every mesh it is drawn as a whole."""
     parts = parameter_parts(model)
     for name, parameter in model.named_parameters():
+        if not name.startswith(prefix):
+            continue
         local, part = local_tensor(parameter), parts[name]
         whole = local if part.is_whole else torch.empty(part.shape, dtype=local.dtype)
         initialize_parameter(model, name, whole, seed, model.copies.get(name))

@@ -114,6 +114,13 @@ def shared_sum(x: Tensor, group: Group) -> Tensor:
     return x if group.size() == 1 else _ReduceBoth.apply(x, group)  # type: ignore[return-value]
 
 
+def largest(x: Tensor, group: Group) -> Tensor:
+    """The largest of what the ranks have at each place; not to be differentiated."""
+    most = x.contiguous().clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return most
+
+
 def gathered(x: Tensor, dim: int, group: Group, sums: bool) -> Tensor:
     """All ranks' parts along `dim`. sums: each rank then computes something different, so gradients are summed; else each takes its own part."""
     return x if group.size() == 1 else _Gather.apply(x, dim, group, sums)  # type: ignore[return-value]

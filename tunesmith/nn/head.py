@@ -102,7 +102,8 @@ class Head(nn.Module):
 
         Logits exist for chunk_size positions at a time (0: all); the backward pass computes them again.
         """
-        return self(hidden, "_log_probs", labels, chunk_size)
+        # A view that left the module's forward would be one that fully_shard's hooks warn of.
+        return self(hidden, "_log_probs", labels, chunk_size).view_as(labels)
 
     def _log_probs(self, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
         where, rows, targets = _with_label(self._entered(hidden), labels)
@@ -110,8 +111,11 @@ class Head(nn.Module):
             checkpoint(self._chunk_log_probs, part, target, use_reentrant=False)
             for part, target in zip(_chunks(rows, chunk_size), _chunks(targets, chunk_size))
         ]
-        values = torch.cat(parts) if parts else hidden.sum().float() * 0 + hidden.new_zeros(0, dtype=torch.float32)
-        return values.new_zeros(labels.numel()).index_copy(0, where, values).view_as(labels)
+        found = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
+        if not parts:  # the weights still get their gradient, 0: ranks that share them would wait for it
+            row = rows.new_zeros(1, rows.shape[-1]) + self._entered(hidden)[..., :0].sum()
+            return found + 0 * self._chunk_log_probs(row, targets.new_zeros(1))
+        return found.index_copy(0, where, torch.cat(parts))
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, chunk_size: int = 1024) -> Tensor:
         """Sum of -log p(label) over the positions whose label isn't -100: a float32 scalar.

@@ -184,7 +184,7 @@ class LoRAHead(LoRALayer, Head):
 _PLAIN = {LoRALinear: Linear, NF4LoRALinear: NF4Linear, LoRAHead: Head}
 
 
-def _retyped(module: nn.Module, kind: type[M]) -> M:
+def retyped(module: nn.Module, kind: type[M]) -> M:
     """A module of class `kind` with the attributes, parameters and hooks of `module`."""
     copy = kind.__new__(kind)
     copy.__dict__.update(
@@ -195,13 +195,13 @@ def _retyped(module: nn.Module, kind: type[M]) -> M:
 
 def _with_adapter(module: nn.Module, lora: LoRA, dtype: torch.dtype | None) -> LoRALayer:
     if isinstance(module, NF4Linear):
-        layer, weight_dtype, device = _retyped(module, NF4LoRALinear), module.compute_dtype, module.weight_nf4.device
+        layer, weight_dtype, device = retyped(module, NF4LoRALinear), module.compute_dtype, module.weight_nf4.device
         outputs, inputs = module.weight_shapes()["weight"]
     else:
         weight = module.matrix if isinstance(module, Head) else module.weight
         assert isinstance(weight, Tensor)
         layer, weight_dtype, device = (
-            _retyped(module, LoRAHead if isinstance(module, Head) else LoRALinear),
+            retyped(module, LoRAHead if isinstance(module, Head) else LoRALinear),
             weight.dtype,
             weight.device,
         )
@@ -240,7 +240,7 @@ def apply_lora(
     Works on the meta device and on loaded weights; base parameters keep their names, and all of them should be frozen afterwards
     (`freeze_base`). quantize_base "nf4" also turns every linear layer but the output layer into NF4, adapted or not. The patterns give
     single layers another rank or alpha, as in PEFT: {end of a layer's name, or a regular expression for it: value}. dtype is the adapter's
-    number type (default: that of the weight beside it). Then load the weights, and call `reset_adapters`.
+    number type (default: that of the weight beside it), and that of modules trained whole beside adapters. Then load the weights, and call `reset_adapters`.
     """
     if quantize_base not in (None, "nf4"):
         raise UserError(f"quantize_base can be nf4 or null, not {quantize_base!r}")
@@ -258,7 +258,9 @@ def apply_lora(
             use_dora=use_dora,
             use_rslora=use_rslora,
         )
-        _replace(model, name, _with_adapter(module, lora, dtype))
+        replace_module(model, name, _with_adapter(module, lora, dtype))
+    for module in filter(_is_trained_whole, model.modules()):
+        module.to(dtype)
     return names
 
 
@@ -269,7 +271,7 @@ def _of_pattern(patterns: dict[str, V] | None, name: str, default: V) -> V:
     return default
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
@@ -311,10 +313,20 @@ def reset_magnitudes(model: nn.Module) -> None:
             local_tensor(layer.lora_magnitude).copy_(lengths[name][start:stop])
 
 
+def is_adapters(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is trained with the adapters: one of theirs, or of a module that is trained whole beside them."""
+    module, _, leaf = name.rpartition(".")
+    return leaf in ADAPTER_PARAMETERS or _is_trained_whole(model.get_submodule(module))
+
+
+def _is_trained_whole(module: nn.Module) -> bool:
+    return getattr(module, "is_trained_beside_adapters", False)
+
+
 def freeze_base(model: nn.Module) -> list[str]:
-    """Let the adapters' parameters alone be trained; return their names."""
+    """Let the adapters' parameters alone be trained, and what is trained whole beside them; return their names."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2] in ADAPTER_PARAMETERS)
+        parameter.requires_grad_(is_adapters(model, name))
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
@@ -333,11 +345,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """{parameter's name: tensor} of all adapters, or what of them is here, detached, not copied."""
+    """{parameter's name: tensor} of all that `is_adapters`, or what of it is here, detached, not copied."""
     return {
         name: local_tensor(parameter.detach())
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] in ADAPTER_PARAMETERS
+        if is_adapters(model, name)
     }
 
 
@@ -352,7 +364,7 @@ def merge_lora(model: nn.Module) -> list[str]:
         check_mergeable(name, layer)
         weight = layer.base_weight()
         merged = nn.Parameter(layer.merged_weight().to(weight.dtype), requires_grad=weight.requires_grad)
-        plain = _retyped(layer, _PLAIN[type(layer)])
+        plain = retyped(layer, next(_PLAIN[kind] for kind in type(layer).__mro__ if kind in _PLAIN))
         for attribute in (*ADAPTER_PARAMETERS, "weight"):
             plain._parameters.pop(attribute, None)
         for attribute in ("lora", "adapter_enabled"):
@@ -360,7 +372,7 @@ def merge_lora(model: nn.Module) -> list[str]:
         if isinstance(plain, Head):
             plain._tied_to = (None,)
         plain.weight = merged
-        _replace(model, name, plain)
+        replace_module(model, name, plain)
     return list(layers)
 
 

@@ -102,6 +102,12 @@ class Mesh:
         """Largest of each of `values` over all ranks along `axes`."""
         return self._reduce(values, axes, dist.ReduceOp.MAX)
 
+    def sum_tensor(self, tensor: Tensor, axes: Sequence[str] = DATA) -> None:
+        """The same of a tensor on the host, in place and in its own number type."""
+        for axis in axes:
+            if self.size(axis) > 1:
+                dist.all_reduce(tensor, group=self.group(axis))
+
     def as_on_main(self, tensor: Tensor) -> Tensor:
         """The main rank's tensor, of one shape everywhere, on every rank."""
         if self.world_size > 1:

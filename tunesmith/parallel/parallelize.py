@@ -33,8 +33,11 @@ def parallelize(
     if config.enable_activation_checkpointing:  # every n-th of all layers, whichever are here
         apply_activation_checkpointing(all_layers, config.ac_mode, config.ac_option)
     if config.compile:
+        # Fused kernels keep bfloat16's intermediate results in float32, unless told otherwise: one weight in twenty would be
+        # rounded to another level than the converted model's.
+        exact = {"emulate_precision_casts": True} if config.qat else None
         for layer in decoder.layers.values():
-            layer.compile()
+            layer.compile(options=exact)
     if mesh.size("dp_replicate", "dp_shard", "cp") > 1 or compute_dtype is not None or config.fsdp_cpu_offload:
         decoder.computes_in, decoder.computes_on = compute_dtype, mesh.device
         _shard(model, mesh, config, compute_dtype)
@@ -68,7 +71,7 @@ def _shard(model: Any, mesh: Mesh, config: TrainSettings, compute_dtype: torch.d
         "offload_policy": _offload(config, mesh),
     }
     again = {"always": True, "never": False, "default": mesh.size("pp") == 1}[config.fsdp_reshard_after_forward]
-    head = model.lm_head
+    head = model.head
     is_tied = head is not None and head.tied_to is not None
     if decoder.embed_tokens is not None:  # a tied head reads it after the decoder's forward
         fully_shard(decoder.embed_tokens, reshard_after_forward=again and not is_tied, **options)

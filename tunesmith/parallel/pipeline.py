@@ -93,15 +93,15 @@ def cut_into_stages(model: nn.Module, mesh: Mesh, config: TrainSettings) -> Pipe
     own = _stages_of(
         mesh.index("pp"), mesh.size("pp"), len(layers), SCHEDULES[config.pipeline_parallel_schedule].folded
     )
-    if whole.lm_head.tied_to is not None:
-        whole.lm_head.untie()
+    if whole.head.tied_to is not None:
+        whole.head.untie()
         whole.copies = {"lm_head.weight": "model.embed_tokens.weight"}
     decoder, last = whole.model, len(layers) - 1
     stages = [
         Stage(
             number,
             decoder.stage(layers[number], number == 0, number == last),
-            whole.lm_head if number == last else None,
+            whole.head if number == last else None,
         )
         for number in own
     ]
@@ -128,8 +128,9 @@ def _remove_others(model: Any, layers: set[int], own: list[int], last: int) -> l
         decoder.embed_tokens = None
         gone.append("model.embed_tokens.")
     if not decoder.is_last:
-        decoder.norm = model.lm_head = None
-        gone += ["model.norm.", "lm_head."]
+        decoder.norm = None
+        setattr(model, model.head_name, None)
+        gone += ["model.norm.", f"{model.head_name}."]
     return gone
 
 
@@ -299,8 +300,8 @@ class Pipeline:
         def sight(_: Any) -> Any:
             return model.sight(input_ids, positions, documents, None)
 
-        self._forward([rows], lambda hidden, _: found.append(model.lm_head.logits(hidden)), nullcontext, sight)
-        shape = (*input_ids.shape, model.config.vocab_size)
+        self._forward([rows], lambda hidden, _: found.append(model.head.logits(hidden)), nullcontext, sight)
+        shape = (*input_ids.shape, model.num_outputs)
         logits = found[0].to(self._dtype).contiguous() if found else self._empty(shape)
         dist.broadcast(logits, group=self.group, group_src=self.rank_of(self.count - 1))
         return logits

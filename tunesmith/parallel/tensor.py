@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tunesmith.configs.layout import split_block
 from tunesmith.errors import UserError
 from tunesmith.nn.attention import Sight
-from tunesmith.nn.collectives import Group, copied, gathered, scattered_sum, shared_sum, summed
+from tunesmith.nn.collectives import Group, copied, gathered, largest, scattered_sum, shared_sum, summed
+from tunesmith.nn.fake_quantize import FakeQuantizedLayer, FakeQuantizedLinear
 from tunesmith.nn.head import Head, VocabularyShard
 from tunesmith.nn.linear import linear
 from tunesmith.nn.lora import LoRALayer
@@ -63,8 +64,11 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: Mesh, se
     for decoder in [stage.decoder for stage in model.pipeline.stages] if model.pipeline else [model.model]:  # type: ignore[union-attr]
         split.wrap_decoder(decoder)  # type: ignore[arg-type]
     model.config = _local_config(model.config, group)  # type: ignore[arg-type, assignment]
-    if sequence_parallel:  # what is whole sees a part of the tokens only
-        partial |= {name for name, _ in model.named_parameters() if name not in parts}
+    if (
+        sequence_parallel
+    ):  # what is whole sees a part of the tokens only, but for a head that comes after them are gathered
+        head = f"{model.head_name}."
+        partial |= {name for name, _ in model.named_parameters() if name not in parts and not name.startswith(head)}
     model.tensor_parts, model.summed_over_tp = parts, partial  # type: ignore[assignment]
 
 
@@ -203,6 +207,8 @@ def _rewire(module: nn.Module, word: str, split: _Split) -> None:
         module.shard = VocabularyShard(*even(module.vocab_size, split.group), split.group)
     elif word == "all_heads":
         _norm_over_all(module, split.group)  # type: ignore[arg-type]
+    if isinstance(module, FakeQuantizedLayer) and word == "rowwise":
+        module.over_tokens = lambda reach: largest(reach, split.group)
     if isinstance(module, LoRALayer) and word == "rowwise":
         module.over_inputs = lambda lengths: summed(lengths.square(), split.group).sqrt()
 
@@ -216,7 +222,7 @@ def _sum_outputs(module: Any, split: _Split) -> None:
 
 
 def _without_bias(module: Any, x: Tensor) -> Tensor:
-    if isinstance(module, LoRALayer):
+    if isinstance(module, (LoRALayer, FakeQuantizedLinear)):
         return module.project(x)
     return module.project_quantized(x) if isinstance(module, NF4Linear) else linear(x, module.weight)
 

@@ -3,6 +3,7 @@
 tune run sft model=Qwen/Qwen3-0.6B dataset.source=alpaca.jsonl             all weights
 tune run sft +lora model=Qwen/Qwen3-8B dataset.source=alpaca.jsonl         small adapters beside frozen weights
 tune run sft +qlora model=Qwen/Qwen3-8B dataset.source=alpaca.jsonl        the same over 4-bit weights
+tune run sft +qat model=Qwen/Qwen3-0.6B dataset.source=alpaca.jsonl        for a model that will be quantized (also with +lora)
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 
 from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
-from tunesmith.checkpoint.hf import load_weights, read_model_config, stated_dtype
-from tunesmith.configs.shared import LoRAWeights, TrainSettings
+from tunesmith.checkpoint.hf import load_weights, prepare_quantized, read_model_config, stated_dtype
+from tunesmith.configs.shared import QAT, LoRAWeights, TrainSettings
 from tunesmith.data.loader import DEFAULT_MAX_SEQ_LEN
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
@@ -24,12 +24,20 @@ from tunesmith.models import families
 from tunesmith.models.decoder import CausalLM, build
 from tunesmith.models.family import Family
 from tunesmith.models.initialize import initialize
+from tunesmith.nn.fake_quantize import apply_fake_quantization, set_rounding
 from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
 from tunesmith.nn.quantize import quantize_linear_layers
+from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
-from tunesmith.training.preflight import check_vocabulary, frozen_stages, warn_of_another_base
+from tunesmith.training.preflight import (
+    check_trainable,
+    check_vocabulary,
+    frozen_stages,
+    labels_of,
+    warn_of_another_base,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +61,13 @@ class Source:
     name: str
     repository: str | None = None
     """Hub id that a named size stands for."""
+    new_head: str | None = None
+    """What the names of the output layer's parameters begin with, where the folder has another one or none: it is initialised."""
+
+    @property
+    def label_names(self) -> list[str]:
+        """What its head scores; empty for a language model."""
+        return self.family.label_names(self.hf_config)
 
     @property
     def tokenizer(self) -> Path | str:
@@ -66,8 +81,13 @@ class Source:
         return f"{hub.fingerprint_folder(self.folder)}-{numbers}" if self.folder else numbers
 
 
-def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights: bool = True) -> Source:
-    """The source of the model called `name`: a folder, a Hub id, or (without weights) a named size such as llama3_2/1B."""
+def find_model(
+    name: str, model_args: dict[str, Any] | None = None, need_weights: bool = True, classifier: bool = False
+) -> Source:
+    """The source of the model called `name`: a folder, a Hub id, or (without weights) a named size such as llama3_2/1B.
+
+    classifier: whether reward models and classifiers are welcome, too. Raises UserError for one where they are not.
+    """
     sizes = families.named_sizes()
     if not need_weights and name in sizes and not Path(name).is_dir():
         family, hf_config, repository = sizes[name]
@@ -79,7 +99,27 @@ def find_model(name: str, model_args: dict[str, Any] | None = None, need_weights
             f"{name} is an adapter, not a model: give its base as `model` and the adapter as `weights.adapter`"
         )
     hf_config, family, _ = read_model_config(folder)
+    if not classifier:
+        families.check_speaks(family, hf_config, name)
     return Source(folder, {**hf_config, **(model_args or {})}, family, name)
+
+
+_PROBLEMS = {"preference": "regression", "classification": "single_label_classification"}
+"""What transformers calls the task of a classifier of texts."""
+
+
+def as_classifier(source: Source, task: str, labels: Sequence[str] | None, pad_id: int) -> Source:
+    """The same model with a head for a task of `tune run reward`: its own, where it has such a one, or a new one.
+
+    labels: names of what is scored, None: those it has. pad_id: what stands behind the last token of a text. Raises UserError
+    as `preflight.labels_of`.
+    """
+    family, hf, more = source.family, source.hf_config, dict[str, Any](pad_token_id=pad_id)
+    names = labels_of(source.name, family, hf, task, labels)
+    if task in _PROBLEMS:
+        more["problem_type"] = _PROBLEMS[task]
+    described = family.classifier_config(hf, names, per_token=task == "process") | more
+    return replace(source, hf_config=described, new_head="score." if family.scores(hf) is None else None)
 
 
 def max_sequence_length(config: TrainSettings, source: Source) -> int:
@@ -112,7 +152,9 @@ def build_model(
     elif source.folder is None or getattr(config, "from_scratch", False):
         initialize(model, seed)
     else:
-        load_weights(model, source.folder, source.family, new_rows_from=first_new_row)
+        load_weights(model, source.folder, source.family, new_rows_from=first_new_row, without=source.new_head)
+        if source.new_head:
+            initialize(model, seed, source.new_head)
     if lora:
         reset_adapters(model, seed)
         if trained := resume_from or (hub.resolve(lora.adapter, what="adapter") if lora.adapter else None):
@@ -126,11 +168,12 @@ def construct_model(
     """The model of a run on the meta device, adapters on it, and the first row of its embedding that is new (None: none).
 
     It takes a moment and reads no weights, but needs all of them to fit: raises UserError where the device lacks the
-    number type, the tokenizer has more tokens than the embedding rows, `weights.target_modules` names no layer, or the
+    number type, the model is quantized, the tokenizer has more tokens than the embedding rows, `weights.target_modules` names no layer, or the
     adapter to go on from was made for another model.
     """
     if config.dtype == "bf16" and not supports_bf16(mesh.device):
         raise UserError(f"{mesh.device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
+    check_trainable(source.hf_config, source.name)
     lora = config.weights if isinstance(config.weights, LoRAWeights) else None
     dtype = DTYPES[config.dtype] if lora else trained_dtype(config)
     rows = source.family.read_config(source.hf_config).vocab_size
@@ -141,6 +184,9 @@ def construct_model(
         model = build(hf_config, source.family, source.family.read_config(hf_config))
     if lora:
         _apply(model, lora, resume_from)
+    if config.qat:
+        apply_fake_quantization(model, scheme_of(config.qat))
+        set_rounding(model, config.qat.fake_quant_after_n_steps == 0)  # until `Run.steps` knows the step
     return model, rows if grows else None
 
 
@@ -175,6 +221,11 @@ def construct_frozen(
     if quantize:
         quantize_linear_layers(model)
     return model.requires_grad_(False), rows if grows else None
+
+
+def scheme_of(qat: QAT) -> Scheme:
+    """What the layers of a run compute with."""
+    return Scheme(qat.type, qat.group_size)
 
 
 def trained_dtype(config: TrainSettings) -> torch.dtype:
@@ -240,13 +291,20 @@ def load_model(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         if adapter is not None:
             raise UserError(f"{path} is an adapter itself: give its base as the model, or no second adapter")
-        adapter, folder = folder, _base_of(folder, base)
+        adapter, folder = folder, base_of(folder, base)
         path = base or folder
     hf_config, family, decoder_config = read_model_config(folder)
+    adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
+    if adapter_folder is not None:
+        hf_config = peft.adapted_config(adapter_folder, family, hf_config)
     wanted = _dtype(dtype) if dtype is not None else stated_dtype(hf_config)
     with torch.device("meta"), default_dtype(wanted):
         model = build(hf_config, family, decoder_config)
-    adapter_folder = hub.resolve(str(adapter), what="adapter") if adapter is not None else None
+    prepare_quantized(model, folder)
+    if hf_config.get("quantization_config") and (adapter is not None or quantize_base):
+        raise UserError(
+            f"{path} is quantized: neither `quantize_base` nor an adapter goes with it; take the model it was made from"
+        )
     if adapter_folder is not None:
         if warning := warn_of_another_base(adapter_folder, str(path)):
             logger.warning("%s", warning)
@@ -254,15 +312,19 @@ def load_model(
     elif quantize_base:
         quantize_linear_layers(model)
     place = pick_device(str(device))
-    load_weights(model, folder, family, device=place)
+    brings_head = adapter_folder is not None and peft.brings_head(adapter_folder)
+    load_weights(model, folder, family, device=place, without=f"{model.head_name}." if brings_head else None)
     model.init_buffers(place)
+    if brings_head:
+        model.head.to_empty(device=place)
     if adapter_folder is not None:
         reset_adapters(model, 0, place)
         peft.load_adapter(model, adapter_folder)
     return model.requires_grad_(False).eval()
 
 
-def _base_of(adapter: Path, base: str | Path | None) -> Path:
+def base_of(adapter: Path, base: str | Path | None) -> Path:
+    """The folder of the base of the adapter in a folder: `base`, or the one it names."""
     name = str(base) if base is not None else peft.read_adapter_config(adapter).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter} doesn't name its base model: give it")

@@ -89,8 +89,8 @@ def training_flops(model: CausalLM) -> Flops:
     body = head = 0.0
     for name, module in model.named_modules():
         cost = _own_cost(module)
-        if name == "lm_head":
-            tied = model.lm_head.tied_to
+        if name == model.head_name:
+            tied = model.head.tied_to
             head += cost + (0.0 if tied is None else _cost(tied.weight))
         elif not isinstance(module, nn.Embedding):
             body += cost

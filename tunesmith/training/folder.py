@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import tunesmith
+from tunesmith.checkpoint.uploads import Uploads
 from tunesmith.errors import UserError
 from tunesmith.parallel.device import device_name
 from tunesmith.parallel.mesh import Ranks
@@ -52,17 +53,17 @@ class Claim:
                 self._record()
 
     def _record(self) -> None:
-        record = {"host": platform.node(), "pid": os.getpid(), "launch": _launch(), "beats": self._beats}
+        record = {"host": platform.node(), "pid": os.getpid(), "launch": launch(), "beats": self._beats}
         content = json.dumps(record).encode()
         os.pwrite(self._descriptor, content, 0)
         os.ftruncate(self._descriptor, len(content))
 
 
-def claim(folder: Path, resume: bool) -> Claim:
+def claim(folder: Path, resume: bool, uploads: Uploads | None = None) -> Claim:
     """Make the folder and hold it for this process.
 
-    A run that torchrun started again goes on without being asked to. Raises UserError where the folder can't be written, is
-    another run's, or (without `resume`) is not empty.
+    uploads: of a run whose `output_dir` is a URL, which works in `folder`. A run that torchrun started again goes on without
+    being asked to. Raises UserError where the folder can't be written, is another run's, or (without `resume`) is not empty.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,12 +73,16 @@ def claim(folder: Path, resume: bool) -> Claim:
         raise UserError(f"output_dir {folder} can't be written ({reason}): choose another") from error
     try:
         before = claimed_by(folder)
-        resumes = resume or is_restart() or (_launch() is not None and before.get("launch") == _launch())
+        resumes = resume or is_restart() or (launch() is not None and before.get("launch") == launch())
+        if not resumes and uploads is not None and launch() is not None:
+            resumes = uploads.claimed_by().get("launch") == launch()
         if not _lock(descriptor) or _is_alive(folder, before):
             raise UserError(
                 f"another run is writing into {folder}: wait for it, or choose another `output_dir`{_where(before)}"
             )
-        if not resumes and any(path.name != LOCK for path in folder.iterdir()):
+        if not resumes and uploads is not None:
+            uploads.check_empty()
+        elif not resumes and any(path.name != LOCK for path in folder.iterdir()):
             raise UserError(
                 f"output_dir {folder} is not empty: set `resume_from_checkpoint=true` to go on with that run, or choose another"
             )
@@ -95,17 +100,23 @@ def claimed_by(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def check_shared(folder: Path, ranks: Ranks, patience: float = 60.0) -> None:
-    """Raise the same UserError on every rank where one does not see the folder that rank 0 holds."""
+def check_shared(folder: Path, ranks: Ranks, url: str | None = None, patience: float = 60.0) -> None:
+    """Raise the same UserError on every rank where one does not see the folder that rank 0 holds.
+
+    url: the `output_dir` for which the run works there.
+    """
     holder = ranks.from_main(lambda: _holder(folder))
 
     def look() -> None:
         deadline = time.monotonic() + patience
         while _holder(folder) != holder:  # a network file system may show it late
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"output_dir {folder} is another folder on {platform.node()} than on {holder[0]}: name one that all nodes share"
-                )
+                what = f"output_dir {folder} is another folder on {platform.node()} than on {holder[0]}"
+                if url is not None:
+                    raise UserError(
+                        f"{what}, and checkpoints for {url} are put together there: set TUNESMITH_CACHE to a folder that all nodes share"
+                    )
+                raise UserError(f"{what}: name one that all nodes share")
             time.sleep(0.2)
 
     ranks.on_all(look)
@@ -127,7 +138,7 @@ def _lock(descriptor: int) -> bool:
 
 def _is_alive(folder: Path, before: dict[str, Any]) -> bool:
     """Whether a process on another node, which our lock may not tell of, still renews its record."""
-    if before.get("host") in (None, platform.node()) or before.get("launch") == _launch() is not None:
+    if before.get("host") in (None, platform.node()) or before.get("launch") == launch() is not None:
         return False
     deadline = time.monotonic() + 2.5 * BEAT_SECONDS
     while time.monotonic() < deadline:
@@ -141,7 +152,7 @@ def _where(record: dict[str, Any]) -> str:
     return f" (process {record['pid']} on {record['host']})" if record else ""
 
 
-def _launch() -> str | None:
+def launch() -> str | None:
     """What tells one launch by torchrun from another; the same after its restarts, also on a node that was lost and came back."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
 

@@ -413,7 +413,7 @@ def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]
 def _muon(parameters: Parameters, config: shared.Muon, wholes: Wholes) -> list[torch.optim.Optimizer]:
     def is_hidden_matrix(item: tuple[str, nn.Parameter]) -> bool:
         name, parameter = item
-        return parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith("lm_head")
+        return parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith(("lm_head", "score"))
 
     matrices = [item for item in parameters if is_hidden_matrix(item)]
     others = [item for item in parameters if not is_hidden_matrix(item)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from tunesmith.configs.shared import TOO_EARLY
 from tunesmith.configs.stages import micro_batch_problems, stage_layers
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.hub import fingerprint_folder, follow_latest, read_json, read_weight_map
-from tunesmith.remote import is_remote
+from tunesmith.nn.scheme import INTEGER_TYPES
+from tunesmith.remote import is_remote, missing_package, working_folder
 from tunesmith.training.vocabulary import read_vocabulary, vocabulary_problem
 
 if TYPE_CHECKING:
@@ -61,9 +63,9 @@ def _model(config: Any, notes: list[str]) -> Iterator[str]:
         if not adapters_may_stand_for_models:
             yield f"`model`: {name} is a PEFT adapter; name its base as `model` and the adapter as `weights.adapter`"
         else:
-            yield from _adapter("model", folder, getattr(config, "base", None), notes)
+            yield from _adapter("model", folder, getattr(config, "base", None), notes, config.takes_classifiers)
     else:
-        yield from _model_folder(folder, weights=not from_scratch)
+        yield from _model_folder(folder, weights=not from_scratch, classifier=config.takes_classifiers)
 
 
 def _not_a_folder(option: str, name: str, notes: list[str], named_sizes: bool = False) -> Iterator[str]:
@@ -94,8 +96,8 @@ def _is_cached(repo: str) -> bool:
     return any((cache / f"models--{repo.replace('/', '--')}" / "snapshots").glob("*/*"))
 
 
-def _model_folder(folder: Path, weights: bool) -> Iterator[str]:
-    from tunesmith.models.families import model_config
+def _model_folder(folder: Path, weights: bool, classifier: bool = False) -> Iterator[str]:
+    from tunesmith.models.families import check_speaks, model_config
 
     if not (folder / "config.json").is_file():
         if (folder / ".metadata").is_file():
@@ -109,7 +111,9 @@ def _model_folder(folder: Path, weights: bool) -> Iterator[str]:
             )
         return
     try:
-        model_config(folder)
+        hf_config, family, _ = model_config(folder)
+        if not classifier:
+            check_speaks(family, hf_config, str(folder))
     except UserError as error:
         yield str(error)
     if weights:
@@ -236,10 +240,10 @@ def _adapters(config: Any, notes: list[str]) -> Iterator[str]:
         elif not (folder / ADAPTER_FILE).is_file():
             yield f"`{option}`: {name} holds no {ADAPTER_FILE}, so it is no PEFT adapter"
         else:
-            yield from _adapter(option, folder, config.model, notes)
+            yield from _adapter(option, folder, config.model, notes, config.takes_classifiers)
 
 
-def _adapter(option: str, folder: Path, base: str | None, notes: list[str]) -> Iterator[str]:
+def _adapter(option: str, folder: Path, base: str | None, notes: list[str], classifier: bool) -> Iterator[str]:
     """An adapter's own files, and its base where nothing else names one."""
     from tunesmith.models.config_json import check_known
 
@@ -249,6 +253,8 @@ def _adapter(option: str, folder: Path, base: str | None, notes: list[str]) -> I
     except UserError as error:
         yield str(error)
         return
+    if settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and not classifier:
+        yield f"`{option}`: {folder} is the adapter of a reward model or classifier, whose head gives scores instead of words: name a language model's"
     named = settings.get("base_model_name_or_path")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
@@ -329,15 +335,88 @@ def _fit(config: Any, notes: list[str]) -> Iterator[str]:
         if (found := _shape(config)) is None:
             return
         family, shape = found
+        check_trainable(_config_json(config), config.model)
         yield from layout_problems(config, shape)
+        yield from group_problems(config, family, shape)
         if config.weights.type == "lora" and config.weights.adapter is None:
             choose_layers(*family.adaptable_layers(shape.num_hidden_layers), config.weights.target_modules)
         check_vocabulary(config, config.model, shape.vocab_size, _count_tokens(config, shape.vocab_size))
     except UserError as error:
         yield str(error)
         return
-    if warning := warn_of_length(config, shape):
-        notes.append(warning)
+    unloadable = warn_of_unloadable(family, per_token=getattr(config, "task", None) == "process")
+    notes += filter(None, (warn_of_length(config, shape), unloadable))
+
+
+def _labels(config: Any, notes: list[str]) -> Iterator[str]:
+    """What a model is to score, and whether it can."""
+    from tunesmith.models.families import model_config
+
+    folder = follow_latest(Path(config.model).expanduser())
+    if hasattr(config, "labels") and (folder / "config.json").is_file():
+        try:
+            hf_config, family, _ = model_config(folder)
+            labels_of(config.model, family, hf_config, config.task, config.labels)
+        except UserError as error:
+            yield str(error)
+
+
+def labels_of(
+    model: str, family: Family, hf_config: dict[str, Any], task: str, labels: Sequence[str] | None
+) -> Sequence[str]:
+    """Names of what `model` scores in a task of `tune run reward`: `labels`, where it doesn't have its own.
+
+    Raises UserError for a model that scores something else, or where neither it nor the config says what the classes are.
+    """
+    own, per_token, named = family.scores(hf_config), task == "process", family.label_names(hf_config)
+    if own is None and not labels:
+        raise UserError(
+            f"{model} gets a new head: say how many classes there are, by `dataset.label_names` or `num_labels`"
+        )
+    wanted = labels or named
+    if own is not None and (own.per_token, own.num_labels) != (per_token, len(wanted)):
+        scored = {True: "every token", False: "texts"}
+        raise UserError(
+            f"{model} scores {scored[own.per_token]} with {own.num_labels} label{'s' * (own.num_labels > 1)}, and `task: {task}` "
+            f"{scored[per_token]} with {len(wanted)}: name a language model, which gets a new head, or another task"
+        )
+    return wanted if own is None or task == "classification" else named
+
+
+def _reference(config: Any, notes: list[str]) -> Iterator[str]:
+    """The model that a preference method compares with, where another one is named."""
+    from tunesmith.models.families import model_config
+
+    name = _get(config, "reference", "model")
+    if name is None:
+        return
+    folder = follow_latest(Path(name).expanduser())
+    if not folder.exists():
+        yield from _not_a_folder("reference.model", name, notes)
+        return
+    problems = list(_model_folder(folder, weights=True))
+    yield from (f"`reference.model`: {problem}" for problem in problems)
+    try:
+        if not problems and (ours := _shape(config)) is not None:
+            _, family, shape = model_config(folder)
+            check_reference(config.model, ours, name, (family, shape))
+    except UserError as error:
+        yield str(error)
+
+
+def check_reference(
+    model: str, ours: tuple[Family, DecoderConfig], name: str, other: tuple[Family, DecoderConfig]
+) -> None:
+    """Raise UserError where the reference `name` is not a model of the shape and vocabulary of the one that is trained."""
+    (family, shape), (their_family, theirs) = ours, other
+    pairs = {"family": (family.name, their_family.name)}
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    pairs |= {size: (getattr(shape, size), getattr(theirs, size)) for size in sizes}
+    if different := [f"its {size} is {their} instead of {own}" for size, (own, their) in pairs.items() if own != their]:
+        raise UserError(
+            f"`reference.model`: {name} is another kind of model than {model}: {', '.join(different)}; a reference is the trained model "
+            "at an earlier time, such as the one that training starts from"
+        )
 
 
 def layout_problems(config: Any, shape: DecoderConfig) -> Iterator[str]:
@@ -348,11 +427,57 @@ def layout_problems(config: Any, shape: DecoderConfig) -> Iterator[str]:
             stage_layers(config, shape.num_hidden_layers)
         except UserError as error:
             yield str(error)
-        if shape.tie_word_embeddings and config.optimizer.type == "adamw_8bit":
+        has_own_head = hasattr(config, "task")  # one that scores
+        if shape.tie_word_embeddings and not has_own_head and config.optimizer.type == "adamw_8bit":
             yield (
                 "`optimizer.type: adamw_8bit` can't be combined with `pipeline_parallel_dim` where the model's head is tied to its "
                 "embedding: each rank keeps such states for itself, and one of the two could not be resumed; use adamw"
             )
+
+
+def group_problems(config: Any, family: Family, shape: DecoderConfig) -> Iterator[str]:
+    """One sentence for the linear layers whose inputs `qat` can't cut into groups, or tensor parallelism would cut inside a group."""
+    qat = config.qat
+    if qat is None:
+        return
+    if qat.type not in INTEGER_TYPES:
+        yield (
+            f"`qat.type: {qat.type}` needs a device that multiplies 8-bit floating-point numbers, to convert and check the model on, and "
+            f"none is supported yet: take {' or '.join(INTEGER_TYPES)}"
+        )
+        return
+    layers = family.linear_inputs(shape)
+    uneven = [name for name, (inputs, _) in layers.items() if inputs % qat.group_size]
+    if uneven and (not qat.skip_indivisible or len(uneven) == len(layers)):
+        named = ", ".join(f"{name} ({layers[name][0]})" for name in uneven)
+        fitting = math.gcd(*(inputs for inputs, _ in layers.values()))
+        cure = f"take {_largest_divisor(fitting, qat.group_size)}, or another divisor of {fitting}"
+        if len(uneven) < len(layers):
+            cure += "; or leave such layers as they are with `qat.skip_indivisible: true`"
+        yield f"`qat.group_size` = {qat.group_size} does not divide the inputs of {named}: {cure}"
+        return
+    tp = config.tensor_parallel_dim
+    for name, (inputs, is_cut) in layers.items():
+        if is_cut and inputs % qat.group_size == 0 and inputs % tp == 0 and inputs // tp % qat.group_size:
+            yield (
+                f"`qat` keeps `group_size` = {qat.group_size} weights together, and `tensor_parallel_dim: {tp}` would cut the "
+                f"{inputs} inputs of {name} into {inputs // tp} for each rank: take fewer ranks, or smaller groups"
+            )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(size for size in range(1, min(number, most) + 1) if number % size == 0)
+
+
+def check_trainable(hf_config: dict[str, Any], model: str) -> None:
+    """Raise UserError where the weights are quantized: what was rounded can't take small steps."""
+    if hf_config.get("quantization_config"):
+        raise UserError(f"{model} is quantized, and can't be trained: name the model it was made from")
+
+
+def _config_json(config: Any) -> dict[str, Any]:
+    file = follow_latest(Path(config.model).expanduser()) / "config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def frozen_layout_problems(option: str, config: Any, shape: DecoderConfig, quantized: bool) -> Iterator[str]:
@@ -430,6 +555,14 @@ def warn_of_length(config: Any, shape: DecoderConfig) -> str | None:
         f"`tokenizer.max_seq_len` = {wanted} is more than the {limit} tokens that {config.model} is made for "
         "(`max_position_embeddings`, stretched as its config.json says): it has never seen the positions behind them"
     )
+
+
+def warn_of_unloadable(family: Family, per_token: bool) -> str | None:
+    """A sentence where transformers will not load what a run saves."""
+    name = family.classifier(per_token)
+    if not per_token or name not in family.unloadable:
+        return None
+    return f"transformers has no {name}: what this run saves can be loaded by tunesmith alone"
 
 
 def _tokenizer(config: Any, notes: list[str]) -> Iterator[str]:
@@ -519,7 +652,7 @@ def _output(config: Any, notes: list[str]) -> Iterator[str]:
     if folder is None:
         return
     if is_remote(folder):
-        yield f"`output_dir`: {folder} can't be written to directly; name a local or shared folder, and copy its checkpoints there"
+        yield from _remote_output(config, folder, notes)
         return
     path = Path(folder).expanduser()
     resumes = getattr(config, "resume_from_checkpoint", False) or is_restart()
@@ -536,6 +669,17 @@ def _output(config: Any, notes: list[str]) -> Iterator[str]:
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         if not os.access(existing, os.W_OK):
             yield f"`output_dir`: {folder} can't be written to"
+
+
+def _remote_output(config: Any, url: str, notes: list[str]) -> Iterator[str]:
+    if not hasattr(config, "epochs"):
+        yield f"`output_dir`: {url} can't be written to directly; name a local or shared folder, and copy it there"
+    elif problem := missing_package(url):
+        yield f"`output_dir`: {problem}"
+    else:
+        notes.append(
+            f"{url} is looked at when the run starts; the run works in {working_folder(url)}, and each checkpoint is copied there"
+        )
 
 
 def _processes(config: Any, processes: int | None) -> Iterator[str]:
@@ -633,4 +777,4 @@ def _get(config: Any, section: str, option: str) -> Any:
     return getattr(getattr(config, section, None), option, None)
 
 
-_PARTS = (_model, _adapters, _fit, _teacher, _tokenizer, _data, _output, _layout, _packages)
+_PARTS = (_model, _adapters, _fit, _labels, _reference, _teacher, _tokenizer, _data, _output, _layout, _packages)

@@ -30,6 +30,7 @@ import torch
 import tunesmith
 from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
+from tunesmith.checkpoint.check import TOLERANCES, check_rounded_logits, logits_from_files, probe_logits
 from tunesmith.checkpoint.hf import check_saved, stage_repository
 from tunesmith.checkpoint.resume import (
     Checkpoints,
@@ -38,23 +39,34 @@ from tunesmith.checkpoint.resume import (
     find_newest,
     read_state,
 )
+from tunesmith.checkpoint.uploads import Uploads
 from tunesmith.config import dump_config
 from tunesmith.configs.layout import Layout
-from tunesmith.configs.shared import LoRAWeights, TrainSettings
+from tunesmith.configs.shared import QAT, LoRAWeights, TrainSettings
 from tunesmith.data.report import DataReport
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
+from tunesmith.nn.fake_quantize import set_rounding
 from tunesmith.nn.lora import freeze_base
 from tunesmith.parallel.device import pick_device
 from tunesmith.parallel.mesh import DATA, Mesh, Ranks, start_mesh, stop_mesh
-from tunesmith.training.build import Source, construct_frozen, construct_model
+from tunesmith.remote import is_remote, working_folder
+from tunesmith.training.build import DTYPES, Source, construct_frozen, construct_model, scheme_of
+from tunesmith.training.convert import quantize_repository
 from tunesmith.training.flops import forward_flops, training_flops
-from tunesmith.training.folder import check_shared, claim, environment, unclaim
+from tunesmith.training.folder import check_shared, claim, environment, launch, unclaim
 from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.meter import Meter
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import check, layout_problems, warn_of_another_base, warn_of_length
+from tunesmith.training.preflight import (
+    check,
+    group_problems,
+    layout_problems,
+    warn_of_another_base,
+    warn_of_length,
+    warn_of_unloadable,
+)
 from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
@@ -77,8 +89,10 @@ class Run:
         folder: Path,
         watchdog: Watchdog,
         resume_from: Path | None = None,
+        uploads: Uploads | None = None,
     ):
         self.config, self.recipe, self.mesh, self.folder = config, recipe, mesh, folder
+        self._uploads = uploads
         self.device, self.resume_from = mesh.device, resume_from
         self._resumed_step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else None
         self._watchdog = watchdog
@@ -96,6 +110,8 @@ class Run:
         self._checkpoints: Checkpoints | None = None
         self._data: Any = None
         self._check_saved: Callable[[Path], float | None] | None = None
+        self._model: Any = None
+        self._base: Path | None = None
 
     def check_fit(self, source: Source, tokenizer: Tokenizer, beside: Source | None = None) -> None:
         """Before data are read: raise UserError where model, tokenizer, adapter and layout don't fit together, warn where they may not.
@@ -104,7 +120,8 @@ class Run:
         """
         self._watchdog.at(0, "reading model and data")
         shape = source.family.read_config(source.hf_config)
-        if problems := list(layout_problems(self.config, shape)):
+        problems = [*layout_problems(self.config, shape), *group_problems(self.config, source.family, shape)]
+        if problems:
             raise UserError("\n".join(problems))
         model, _ = construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
         if isinstance(self.config.weights, LoRAWeights):
@@ -113,7 +130,10 @@ class Run:
         if beside is not None:
             frozen, _ = construct_frozen(self.config, beside, tokenizer)
             self._meter.flops += forward_flops(frozen, shape.num_hidden_layers)
-        warnings = [warn_of_length(self.config, shape)]
+        warnings = [
+            warn_of_length(self.config, shape),
+            warn_of_unloadable(source.family, per_token=getattr(self.config, "task", None) == "process"),
+        ]
         if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
             warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
         for warning in filter(None, warnings):
@@ -126,13 +146,18 @@ class Run:
         assert self._checkpoints is not None, "call keep() first"
         self._total = total
         done = self._checkpoints.restore(self.resume_from) if self.resume_from else 0
+        if (qat := self.config.qat) and qat.fake_quant_after_n_steps >= total:
+            raise UserError(
+                f"`qat.fake_quant_after_n_steps` = {qat.fake_quant_after_n_steps} leaves none of the run's {total} steps to be "
+                "trained with rounding: take fewer, or train longer"
+            )
         planned = self._checkpoints.counters.get("total_steps", total)
         self._checkpoints.counters["total_steps"] = total
         self._record()
         self._metrics = Metrics(self.folder, self.config, total, self._resumed_step, enabled=self.mesh.is_main)
         self._progress = Progress(total, enabled=self.mesh.is_main, done=done)
         if done:
-            self.note(f"resumed after step {done} from {self.resume_from}")
+            self.note(f"resumed after step {done} from {self._place(self.resume_from)}")
         if planned != total:
             self.note(f"the run was planned for {planned} steps and is now for {total}; the learning rate follows")
         if self.config.compile or self.config.optimizer.type == "adamw_8bit":
@@ -146,6 +171,7 @@ class Run:
         with tracing as trace, stop_on_signal(self._ask_to_stop):
             for step in range(done + 1, total + 1):
                 self._watchdog.at(step, "beginning")
+                self._begin_rounding(step)
                 self._meter.start_step()
                 yield step
                 trace.step()
@@ -158,6 +184,13 @@ class Run:
             self._garbage.stop()
             self._checkpoints.wait()  # a signal must not end the process while the last one is written
             self._agree_to_end()
+
+    def _begin_rounding(self, step: int) -> None:
+        """Before a step of quantization-aware training: whether it computes with rounded numbers depends on its number alone."""
+        qat = self.config.qat
+        if qat and set_rounding(self._model, step > qat.fake_quant_after_n_steps) and qat.fake_quant_after_n_steps:
+            anew = ", for which layers compile anew" if self.config.compile else ""
+            self.note(f"from step {qat.fake_quant_after_n_steps + 1} on, numbers are rounded ({qat.type}){anew}")
 
     def _ask_to_stop(self, number: int) -> None:
         self._signal = number
@@ -172,6 +205,12 @@ class Run:
             # Said only now: torchrun also sends SIGTERM to the ranks that are left when one has died.
             self.note("asked to end: saving (once more ends at once, without saving)")
         return self._ending is not None
+
+    @property
+    def running(self) -> dict[str, float]:
+        """Statistics of a method that go on over the whole run: what is written here is saved and resumed with it."""
+        assert self._checkpoints is not None, "call keep() first"
+        return self._checkpoints.running
 
     @property
     def has_begun(self) -> bool:
@@ -278,10 +317,11 @@ class Run:
             mesh=self.mesh,
             keep_last=self.config.keep_last_n_checkpoints,
             background=self.config.enable_async_checkpointing,
+            upload=self._uploads.push if self._uploads else None,
         )
         check = peft.check_saved_adapter if adapter else partial(check_saved, ranks=self.mesh.ranks)
         self._check_saved = lambda folder: check(model, folder)
-        self._data = data
+        self._data, self._model, self._base = data, model, source.folder if adapter else None
 
     def _fingerprint(self, source: Source, data: Any) -> dict[str, Any]:
         """What must not change between a stop and a resume, or the numbers would."""
@@ -306,22 +346,57 @@ class Run:
         self._progress.close()
         step = self._checkpoints.last_saved
         folder = self.folder / "checkpoints" / f"step-{step:08d}"
+        quantized = None
         if not self.stopped:
+            rounded = set_rounding(self._model, False)  # a checkpoint holds plain numbers
             self._check_saved(folder)
+            set_rounding(self._model, rounded)
+            quantized = self._quantize(self.config.qat, folder) if self.config.qat else None
         position = self._data.merged(self.mesh.ranks.gather(self._data.state()))
         if self.mesh.is_main:
             self._record_data(self._data.report_at(position))  # of a stream only now it is known
             write_report(self.folder)
+        if (uploads := self._uploads) is not None:
+            self.mesh.ranks.from_main(lambda: uploads.finish(folder))
+        if self.mesh.is_main:
+            saved = "saved" if self._ending is None else "stopped and saved"
             print(
-                f"{'saved' if self._ending is None else 'stopped and saved'} after step {step}: {folder}\nreport: {self.folder / 'report.html'}",
+                f"{saved} after step {step}: {self._place(folder)}\nreport: {self._place(self.folder / 'report.html')}",
                 file=sys.stderr,
             )
+            if quantized:
+                print(quantized, file=sys.stderr)
+            if self._uploads is not None:
+                print(f"a copy of both: {self.folder}", file=sys.stderr)
         if self._ending is not None and self.mesh.is_main:
             print("go on with the same command and resume_from_checkpoint=true", file=sys.stderr)
         self.mesh.ranks.barrier()  # torchrun ends all when one ends with a signal's exit code: not before the report is written
         if self._ending is not None:
             raise SystemExit(128 + self._ending)
         return folder
+
+    def _quantize(self, qat: QAT, checkpoint: Path) -> str:
+        """Write the model of a checkpoint, quantized, to quantized/ and compare it with the one that was trained; what to say of it."""
+        self._watchdog.at(self._total, "quantizing")
+        scheme, target = scheme_of(qat), self.folder / "quantized"
+        dtype, device = DTYPES[self.config.dtype], self._model.model.device
+        set_rounding(self._model, True)
+        ours = probe_logits(self._model)
+
+        def write() -> str:
+            written = quantize_repository(checkpoint, target, scheme, dtype, self._base)
+            tolerance = max(TOLERANCES[dtype], 1e-2)
+            difference = check_rounded_logits(ours, logits_from_files(target, device), tolerance, str(target))
+            return (
+                f"quantized ({scheme}): {target}, weights of {_size(written.size)} instead of {_size(written.plain_size)} in {self.config.dtype}; "
+                f"read back, its logits differ from the trained model's by {difference:.1e} of their size"
+            )
+
+        return self.mesh.ranks.from_main(write)
+
+    def _place(self, path: Path | None) -> Path | str | None:
+        """Where a user finds a file of the run folder."""
+        return self._uploads.place(path) if self._uploads is not None and path is not None else path
 
     def close(self) -> None:
         """Let go of files and threads, also after an error; only a save that is under way is brought to its end."""
@@ -333,6 +408,10 @@ class Run:
             self._checkpoints.close()
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 @contextlib.contextmanager
 def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
     """Claim the run folder, check the config against the machine, seed, and start the mesh.
@@ -340,7 +419,7 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
     Raises UserError before anything is loaded where something can't work, or where the folder holds another run.
     """
     device = pick_device(config.device)
-    folder = Path(config.output_dir)
+    uploads, folder = _working_folder(config)
     run: Run | None = None
     with contextlib.ExitStack() as stack:
         stack.callback(stop_mesh)
@@ -353,19 +432,24 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
         stack.callback(watchdog.close)
         stack.enter_context(noticing_lost_ranks(watchdog.where))
         mesh.ranks.on_all(lambda: check(config, folder_is_checked_later=True))
-        resumes = mesh.ranks.from_main(lambda: stack.enter_context(_claimed(folder, config.resume_from_checkpoint)))
+        claimed = _claimed(folder, config.resume_from_checkpoint, uploads)
+        resumes = mesh.ranks.from_main(lambda: stack.enter_context(claimed))
         try:
-            check_shared(folder, mesh.ranks)
+            check_shared(folder, mesh.ranks, uploads.url if uploads else None)
             stack.enter_context(end_on_sigterm())
+            if uploads is not None:
+                uploads.take(launch(), resumes, mesh.ranks)
             resume_from = mesh.ranks.from_main(lambda: find_newest(folder)) if resumes else None
             if resume_from is not None:
                 check_seen_everywhere(resume_from, mesh.ranks)
-                check_digests(resume_from, mesh.ranks)
+                check_digests(resume_from, mesh.ranks, uploads.place(resume_from) if uploads else None)
+                if uploads is not None and not mesh.ranks.from_main(lambda: uploads.is_there(resume_from)):
+                    uploads.push(resume_from, mesh.ranks)  # a killed run did not come to it
             _draw_seed(config, resume_from, mesh)
             if resume_from is not None:
                 mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
             seed_everything((config.seed or 0) + mesh.index("pp", *DATA, "cp"), config.deterministic)
-            run = Run(config, recipe, mesh, folder, watchdog, resume_from)
+            run = Run(config, recipe, mesh, folder, watchdog, resume_from, uploads)
             stack.callback(run.close)
             with run.memory_snapshots:
                 yield run
@@ -375,10 +459,18 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
             raise
 
 
+def _working_folder(config: TrainSettings) -> tuple[Uploads | None, Path]:
+    """The folder that the run works in; and where that is not `output_dir` itself, what brings it there."""
+    if not is_remote(config.output_dir):
+        return None, Path(config.output_dir)
+    folder = working_folder(config.output_dir)
+    return Uploads(config.output_dir, folder, config.keep_last_n_checkpoints, partial(write_report, folder)), folder
+
+
 @contextlib.contextmanager
-def _claimed(folder: Path, resume: bool) -> Iterator[bool]:
+def _claimed(folder: Path, resume: bool, uploads: Uploads | None) -> Iterator[bool]:
     """Hold the run folder; gives whether the run goes on with what is in it."""
-    held = claim(folder, resume)
+    held = claim(folder, resume, uploads)
     clean = False
     try:
         yield held.resumes
@@ -387,6 +479,8 @@ def _claimed(folder: Path, resume: bool) -> Iterator[bool]:
         clean = True
         raise
     finally:
+        if clean and uploads is not None:
+            uploads.let_go()
         held.release(clean)
 
 
@@ -448,6 +542,7 @@ def _fixed_settings(config: TrainSettings, recipe: str) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "weights": weights,
+        "qat": vars(config.qat) if config.qat else None,
         "optimizer": config.optimizer.type,
         "dtype": config.dtype,
         "seed": config.seed,

@@ -16,7 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from torch import Tensor
 from tunesmith.data.batch import Batch
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
-from tunesmith.nn.head import Head
 from tunesmith.parallel.memory import offload_activations
 from tunesmith.parallel.mesh import LOSS, Mesh
 from tunesmith.parallel.pipeline import forward, forward_backward, same_width
@@ -40,7 +39,8 @@ class Metric(NamedTuple):
     unit: str
 
 
-LossFunction = Callable[[Head, Tensor, Batch], Mapping[str, tuple[Tensor, str]]]
+LossFunction = Callable[[Any, Tensor, Batch], Mapping[str, tuple[Tensor, str]]]
+"""Takes (head, hidden, batch): the model's output layer, of whatever kind it is."""
 Prepare = Callable[[list[Batch]], None]
 """Takes the micro-batches of a step as this rank sees them: on its device, and of shared rows its own tokens."""
 
@@ -96,7 +96,7 @@ def train_step(
 
     def mean_loss(hidden: Tensor, batch: Batch) -> Tensor:
         terms = []
-        for name, pair in loss_fn(model.lm_head, hidden, batch).items():
+        for name, pair in loss_fn(model.head, hidden, batch).items():
             value, is_term = pair[0] / max(counts[pair[1]], 1), not isinstance(pair, Metric)
             sums[name, is_term] = sums.get((name, is_term), 0.0) + value.detach()
             if is_term:
@@ -191,7 +191,7 @@ def validation_means(
             counts.update(batch.counts)
 
         def add_sums(hidden: Tensor, batch: Batch) -> None:
-            for name, pair in loss_fn(model.lm_head, hidden, batch).items():
+            for name, pair in loss_fn(model.head, hidden, batch).items():
                 sums[name, pair[1], not isinstance(pair, Metric)] += float(pair[0])
 
         own = own_batches(model, micro_batches, mesh)

@@ -124,6 +124,8 @@ FAMILY = Family(
         Alias("language_model.lm_head.*", "lm_head.*"),
         Alias("model.language_model.*", "model.*"),
     ),
+    classifiers=("Gemma3TextForSequenceClassification", "Gemma3TextForTokenClassification"),
+    unloadable=("Gemma3TextForTokenClassification",),
     text_config=text_config,
     chat_templates=("gemma",),
     sizes={

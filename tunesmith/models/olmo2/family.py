@@ -56,6 +56,7 @@ FAMILY = Family(
         "model.layers.*.self_attn.k_norm": "all_heads",
     },
     weights=ROTARY_BUFFERS,
+    unloadable=("Olmo2ForTokenClassification",),
     chat_templates=("olmo2",),
     sizes={
         "olmo2/1B": shape(_OLMO2, 2048, 8192, 16, 16, 16),

@@ -1,0 +1,118 @@
+"""Every cell of the grid: each method trains each kind of weights to the same numbers on one process, with weights cut over two, and with matrices
+cut over two, whatever the micro-batch; resumes exactly; and what it saves is read back.
+
+In `make test` each method and each kind of weights is met; `make test-all` runs every cell.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+import tunesmith
+from tests.runs import COMMON, assert_same, train
+from tunesmith.configs.grid import METHODS, WEIGHTS, cell, markdown
+
+ROOT = Path(__file__).parents[2]
+TINY = Path(tunesmith.__file__).parent / "assets" / "tiny"
+"""Large enough for a matrix of 4-bit numbers to be cut over two ranks."""
+WORDS = "the quick brown fox jumps over lazy dog".split()
+
+
+def said(start, count):
+    return " ".join(WORDS[(start + 3 * j) % 8] for j in range(count))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """{method: a file of its rows}."""
+    folder, numbers = tmp_path_factory.mktemp("rows"), range(16)
+    questions = [said(i, 2 + i % 6) for i in numbers]
+    pairs = [
+        {"prompt": questions[i], "chosen": said(i + 1, 1 + i % 5), "rejected": said(i + 2, 2 + i % 4)} for i in numbers
+    ]
+    chats = [{"prompt": questions[i], "completion": said(i + 1, 1 + i % 5)} for i in numbers]
+    content = {
+        "pretrain": [{"text": said(i, 20 + 3 * i)} for i in numbers],
+        "sft": chats,
+        "preference": pairs,
+        "reward": pairs,
+        "distill": chats,
+    }
+    files = {}
+    for method, lines in content.items():
+        files[method] = folder / f"{method}.jsonl"
+        files[method].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return files
+
+
+def words_of(method, weights, rows):
+    needs = {"distill": [f"teacher.model={TINY}", "divergence.type=jsd"]}.get(method, [])
+    if method == "pretrain":
+        needs = ["from_scratch=false"] if cell(method, weights) != "yes" else ["dataset.packed=true"]
+    return [method, *WEIGHTS[weights], *COMMON, "global_batch_size=4", f"model={TINY}", f"dataset.source={rows[method]}", *needs]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory):
+    done = {}
+
+    def result(words):
+        key = " ".join(words)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("one") / "run"
+            done[key] = train([*words, "batch_size=4"], folder), folder
+        return done[key]
+
+    return result
+
+
+CELLS = list(product(METHODS, WEIGHTS))
+SCALES = ("one", "dp2", "tp2")
+SOME = [
+    ("pretrain", "qat", "dp2"),
+    ("sft", "qat + lora", "tp2"),
+    ("preference", "qat", "one"),
+    ("preference", "qlora", "dp2"),
+    ("preference", "dora", "tp2"),
+    ("reward", "lora", "dp2"),
+    ("reward", "qat + lora", "one"),
+    ("distill", "full", "dp2"),
+    ("distill", "qlora", "tp2"),
+]
+ALL = [(*one, scale) for one in CELLS for scale in SCALES if (*one, scale) not in SOME]
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "scale"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL)]
+)
+def test_every_cell_gives_the_same_numbers(method, weights, scale, rows, on_one, tmp_path):
+    words = words_of(method, weights, rows)
+    expected, _ = on_one(words)
+    # Of a value half-way between two levels of 8 or 4 bits the last digit decides, which is the order of sums'.
+    assert_same(train([*words, "batch_size=1"], tmp_path / "run", scale), expected, 2e-2 if "qat" in weights else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "weights"), CELLS)
+def test_every_cell_resumes_exactly_and_is_read_back(method, weights, rows, on_one, tmp_path):
+    words = words_of(method, weights, rows)
+    whole, folder = on_one(words)
+    train([*words, "batch_size=4", "max_steps=2"], tmp_path / "run")
+    parts = train([*words, "batch_size=4", "resume_from_checkpoint=true"], tmp_path / "run")
+    assert parts[0] == whole[0]
+    assert all(torch.equal(parts[1][name], tensor) for name, tensor in whole[1].items())
+    model = tunesmith.load_model(folder / "checkpoints" / "latest")
+    ids = torch.arange(3, 11)[None]
+    values = model.scores(ids) if method == "reward" else model.logits(ids)
+    assert values.isfinite().all()
+    if "qat" in weights:
+        quantized = tunesmith.load_model(folder / "quantized")
+        rounded = quantized.scores(ids) if method == "reward" else quantized.logits(ids)
+        assert rounded.isfinite().all() and not torch.equal(rounded, values)
+
+
+def test_the_readme_shows_the_grid():
+    assert markdown() in (ROOT / "README.md").read_text()
