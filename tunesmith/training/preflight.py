@@ -188,13 +188,9 @@ def _teacher(config: Any, notes: list[str]) -> Iterator[str]:
 def _other_tokens(config: Any, rows: int, folder: Path, teacher_rows: int) -> Iterator[str]:
     file = follow_latest(Path(config.tokenizer.path or config.model).expanduser())
     file, teacher_file = (one / "tokenizer.json" if one.is_dir() else one for one in (file, folder))
-    if (
-        teacher_rows >= rows
-        and file.is_file()
-        and teacher_file.is_file()
-        and file.read_bytes() == teacher_file.read_bytes()
-    ):
-        return
+    if rows <= teacher_rows and file.is_file() and teacher_file.is_file():
+        if file.read_bytes() == teacher_file.read_bytes():
+            return
     student = read_vocabulary(config.model, rows, file)
     teacher = read_vocabulary(config.teacher.model, teacher_rows, teacher_file)
     if student.tokens is None or teacher.tokens is None:
