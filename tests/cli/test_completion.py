@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from tunesmith.cli.completion import BASH, ZSH, candidates
+from tunesmith.configs.recipes import RECIPES
 
 
 @pytest.mark.parametrize(
     ("line", "found"),
     [
         ("tune r", ["run"]),
-        ("tune run ", ["sft", "pretrain", "preference", "distill", "reward", "generate", "export"]),
+        ("tune run ", list(RECIPES)),
         ("tune run sf", ["sft"]),
         (
             "tune run full_",
