@@ -58,6 +58,32 @@ def test_every_path_is_the_definition(heads, groups, window, softcap, packed):
         assert torch.allclose(found[real], expected[real], atol=1e-5), path
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_masks_are_the_same(monkeypatch):
+    """On CUDA they are compiled; the compiler serves a CPU, too. Other lengths and starts compile nothing anew in the end."""
+    from torch._dynamo.utils import counters
+
+    from tunesmith.nn import attention
+
+    torch.compiler.reset()
+    cases = [(256, 0), (512, 0), (768, 0), (512, 256), (1000, 250), (600, 500), (900, 128), (700, 190), (1100, 300)]
+    compiled, builder = [], attention._compiled_mask_builder()
+    for length, start in cases:
+        documents = (torch.arange(length) // 97).expand(2, -1).contiguous()
+        plain = block_mask(length, None, documents, 2, documents.device, start)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_plain_mask_builder", lambda: builder)
+            built = block_mask(length, None, documents, 2, documents.device, start)
+        compiled.append(counters["frames"]["ok"])
+        names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices")
+        assert all(torch.equal(getattr(built, name), getattr(plain, name)) for name in names)
+        assert built.seq_lengths == plain.seq_lengths == (length - start, length)
+        ids = (torch.tensor(1), torch.tensor(0), torch.tensor(30), torch.tensor(start))
+        assert built.mask_mod(*ids) == plain.mask_mod(*ids)
+    assert compiled[-1] == compiled[-3]
+
+
 def test_causal_needs_no_mask():
     assert causal_mask(8, None, torch.device("cpu")) is None
     assert causal_mask(8, 8, torch.device("cpu")) is None

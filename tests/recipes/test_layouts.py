@@ -214,3 +214,47 @@ def test_a_limited_validation_gives_the_same_loss_on_every_layout(
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses += [row["val_loss"] for row in rows if "val_loss" in row]
     assert len(losses) == 2 and math.isclose(*losses, rel_tol=1e-6), losses
+
+
+def run_and_see_dropout(words, folder):
+    """On a rank: what each layer with an adapter would keep of its input, and whether its input is cut over ranks."""
+    from tunesmith.nn.lora import LoRALayer
+
+    seen, project = [], LoRALayer.project
+
+    def record(self, x):
+        if self.training:
+            state = torch.get_rng_state()
+            seen.append(("drop" in vars(self), self.drop(torch.ones_like(x)) != 0))
+            torch.set_rng_state(state)
+        return project(self, x)
+
+    LoRALayer.project = record
+    assert run_recipe(words, folder) == 0
+    return seen
+
+
+@pytest.mark.parametrize("sequence_parallel", ["true", "false"])
+def test_ranks_drop_features_of_their_own(sequence_parallel, tmp_path, tiny_model, chat_file, text_folder):
+    """Where an adapter's input is cut each rank has a pattern of its own, where it is whole the same: together, those of one rank."""
+    words = words_of("sft", "lora", False, tiny_model, chat_file, text_folder)
+    words += ["weights.dropout=0.3", "batch_size=4", f"sequence_parallel={sequence_parallel}", "max_steps=2"]
+    [one] = run_distributed(run_and_see_dropout, 1, words, tmp_path / "one")
+    first, second = run_distributed(run_and_see_dropout, 2, [*words, "tensor_parallel_dim=2"], tmp_path / "two")
+    assert len(one) == len(first) == len(second) == 2 * 2 * 2 * 7  # steps, micro-batches, layers, matrices
+    for (_, whole), (is_cut, left), (_, right) in zip(one, first, second):
+        if is_cut:
+            assert not torch.equal(left, right) and torch.equal(torch.cat([left, right], -1), whole)
+        else:
+            assert torch.equal(left, whole) and torch.equal(right, whole)
+    assert sum(is_cut for is_cut, _ in first) == 2 * 2 * 2 * 2
+
+
+@pytest.mark.parametrize("weights", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+def test_dropout_is_the_same_under_tensor_parallelism(weights, runs, tmp_path, tiny_model, chat_file, text_folder):
+    words = words_of("sft", weights, False, tiny_model, chat_file, text_folder)
+    words += ["weights.dropout=0.3", "batch_size=4"]
+    expected = runs.one(words)
+    assert_same(train([*words, "enable_activation_checkpointing=true"], tmp_path / "run", "tp2"), expected)
+    without = runs.one([*words, "weights.dropout=0"])
+    assert abs(without[0][-1][1] / expected[0][-1][1] - 1) > 1e-3

@@ -63,6 +63,10 @@ class LoRALayer(nn.Module):
         """Lengths of whole rows from those of the part that is here; tensor parallelism, which cuts rows, overrides it."""
         return lengths
 
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout on x (…, I). Tensor parallelism, which cuts its features, overrides it."""
+        return F.dropout(x, self.lora.dropout)
+
     def add_adapter(self, lora: LoRA, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> None:
         """Register the adapter's parameters, not yet initialised (see `reset_adapters`)."""
         self.lora, self.adapter_enabled = lora, True
@@ -89,7 +93,7 @@ class LoRALayer(nn.Module):
         if not self.adapter_enabled:
             return base
         drop = self.training and self.lora.dropout > 0
-        dropped = F.dropout(x, self.lora.dropout) if drop else x
+        dropped = self.drop(x) if drop else x
         # The adapter may be held in float32 beside a bfloat16 base: its gradient then arrives in float32.
         update = linear(linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.lora.scaling
         if self.lora_magnitude is None:

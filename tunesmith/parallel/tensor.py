@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -48,7 +49,7 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: Mesh, se
     split = _Split(group, sequence_parallel)
     words = {name: word for name, _ in model.named_modules() if (word := _word(plan, name))}
     parts: dict[str, Part] = {}
-    partial: set[str] = set()
+    summands: set[str] = set()
     for name, word in words.items():
         module, owner = model.get_submodule(name), cast(Any, model.get_submodule(name.rpartition(".")[0]))
         if word == "fused_qkv":
@@ -56,20 +57,27 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: Mesh, se
             pieces = tuple(count * owner.head_dim for count in heads)
         else:
             pieces = (1, 1) if word == "fused_pair" else (1,)
-        parts |= {f"{name}.{leaf}": part for leaf, part in _cut(module, word, pieces, group).items()}
-        partial |= {f"{name}.{leaf}" for leaf in _partial(module, word)}
-        _rewire(module, word, split)
+        own = _cut(module, word, pieces, group)
+        parts |= {f"{name}.{leaf}": part for leaf, part in own.items()}
+        summands |= {f"{name}.{leaf}" for leaf in _partial(module, word)}
+        _rewire(module, word, split, own)
     for name in {name.rpartition(".")[0] for name, word in words.items() if word in _OUTPUTS}:
         split.wrap_input(model.get_submodule(name))
     for decoder in [stage.decoder for stage in model.pipeline.stages] if model.pipeline else [model.model]:  # type: ignore[union-attr]
         split.wrap_decoder(decoder)  # type: ignore[arg-type]
     model.config = _local_config(model.config, group)  # type: ignore[arg-type, assignment]
+<<<<<<< HEAD
     if (
         sequence_parallel
     ):  # what is whole sees a part of the tokens only, but for a head that comes after them are gathered
         head = f"{model.head_name}."
         partial |= {name for name, _ in model.named_parameters() if name not in parts and not name.startswith(head)}
     model.tensor_parts, model.summed_over_tp = parts, partial  # type: ignore[assignment]
+=======
+    if sequence_parallel:  # what is whole sees a part of the tokens only
+        summands |= {name for name, _ in model.named_parameters() if name not in parts}
+    model.tensor_parts, model.summed_over_tp = parts, summands  # type: ignore[assignment]
+>>>>>>> remote
 
 
 def _local_config(config: Any, group: Group) -> Any:
@@ -196,8 +204,8 @@ class _Split:
         decoder.forward = whole
 
 
-def _rewire(module: nn.Module, word: str, split: _Split) -> None:
-    """Make `module` compute with its part what the whole would."""
+def _rewire(module: nn.Module, word: str, split: _Split, parts: dict[str, Part]) -> None:
+    """Make `module` compute with its parts what the whole would."""
     if word == "rowwise":
         _sum_outputs(module, split)
     elif word == "embedding":
@@ -211,6 +219,7 @@ def _rewire(module: nn.Module, word: str, split: _Split) -> None:
         module.over_tokens = lambda reach: largest(reach, split.group)
     if isinstance(module, LoRALayer) and word == "rowwise":
         module.over_inputs = lambda lengths: summed(lengths.square(), split.group).sqrt()
+        module.drop = partial(_drop_own_features, parts["lora_A"], module.lora.dropout)
 
 
 def _sum_outputs(module: Any, split: _Split) -> None:
@@ -225,6 +234,15 @@ def _without_bias(module: Any, x: Tensor) -> Tensor:
     if isinstance(module, (LoRALayer, FakeQuantizedLinear)):
         return module.project(x)
     return module.project_quantized(x) if isinstance(module, NF4Linear) else linear(x, module.weight)
+
+
+def _drop_own_features(part: Part, probability: float, x: Tensor) -> Tensor:
+    """Dropout on this rank's features. All ranks draw for all of them, from generators in the same state: so parts get
+    patterns of their own, generators stay alike for what is whole, and the numbers are those of one rank.
+    """
+    start, stop = part.columns or (0, part.shape[1])
+    drawn = F.dropout(x.new_ones(*x.shape[:-1], part.shape[1]), probability)
+    return x * (drawn[..., start:stop] != 0) * (1 / (1 - probability))
 
 
 def _look_up_own_rows(module: nn.Embedding, split: _Split) -> None:
