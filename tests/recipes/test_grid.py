@@ -50,8 +50,10 @@ def rows(tmp_path_factory):
 
 def words_of(method, weights, rows):
     needs = {"distill": [f"teacher.model={TINY}", "divergence.type=jsd"]}.get(method, [])
+    # Inputs rounded to 8 bits turn the last digit of a sum into a whole level here and there: tests/recipes/test_qat.py says how far.
+    needs = [*needs, *(["qat.type=int4_weight_only"] if "qat" in weights else [])]
     if method == "pretrain":
-        needs = ["from_scratch=false"] if cell(method, weights) != "yes" else ["dataset.packed=true"]
+        needs += ["from_scratch=false"] if cell(method, weights) != "yes" else ["dataset.packed=true"]
     return [method, *WEIGHTS[weights], *COMMON, "global_batch_size=4", f"model={TINY}", f"dataset.source={rows[method]}", *needs]  # fmt: skip
 
 
@@ -91,8 +93,7 @@ ALL = [(*one, scale) for one in CELLS for scale in SCALES if (*one, scale) not i
 def test_every_cell_gives_the_same_numbers(method, weights, scale, rows, on_one, tmp_path):
     words = words_of(method, weights, rows)
     expected, _ = on_one(words)
-    # Of a value half-way between two levels of 8 or 4 bits the last digit decides, which is the order of sums'.
-    assert_same(train([*words, "batch_size=1"], tmp_path / "run", scale), expected, 2e-2 if "qat" in weights else 1e-5)
+    assert_same(train([*words, "batch_size=1"], tmp_path / "run", scale), expected)
 
 
 @pytest.mark.slow
