@@ -61,7 +61,7 @@ def test_sigterm_saves_on_all_ranks_and_says_so_once(tmp_path, tiny_model, chat_
 
 
 def test_a_rank_that_hangs_is_told_from_one_that_waits(tmp_path, tiny_model, chat_file):
-    words = launching.words(tmp_path, tiny_model, chat_file, "dist_timeout_seconds=5")
+    words = launching.words(tmp_path, tiny_model, chat_file, "dist_timeout_seconds=12")
     code, _, errors = launching.tune(TWO, words, tmp_path, "sleep:1:4")
     assert code == 1 and len(errors.splitlines()) == 3, errors
     guilty, waiting, stacks = errors.splitlines()
@@ -77,7 +77,7 @@ def test_a_rank_that_hangs_is_told_from_one_that_waits(tmp_path, tiny_model, cha
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_stopped(tmp_path, tiny_model, chat_file, rank):
-    words = launching.words(tmp_path, tiny_model, chat_file, "dist_timeout_seconds=8")
+    words = launching.words(tmp_path, tiny_model, chat_file, "dist_timeout_seconds=12")
     code, _, errors = launching.tune(TWO, words, tmp_path, f"stop:{rank}:4")
     assert code == 1 and f"rank {rank} (" in errors and "stopped" in errors and f"rank {1 - rank} waits" in errors
     assert "Traceback" not in errors

@@ -152,6 +152,10 @@ class _Deaths(logging.Handler):
         return True
 
 
+_GRACE = 2.0
+"""Seconds beyond a worker's timeout before the launcher ends it: other ranks, which know more, speak first."""
+
+
 def _end_the_lifeless(notes: Path) -> None:
     """Kill workers that gave no sign of life for their timeout: stopped ones, which the others would wait for, or torchrun for ever."""
     while notes.is_dir():
@@ -159,7 +163,7 @@ def _end_the_lifeless(notes: Path) -> None:
         for file in notes.glob("rank-*.json"):
             try:
                 note, silence = json.loads(file.read_text()), time.time() - file.stat().st_mtime
-                if silence > note["timeout"] and _is_own(note["pid"]):
+                if silence > note["timeout"] + _GRACE and _is_own(note["pid"]):
                     print(
                         f"rank {note['rank']} ({note['host']}, process {note['pid']}) {note['at']} gave no sign of life for "
                         f"{silence:.0f} s: it is stopped, or stuck in a call that lets nothing else run; it is ended",

@@ -135,7 +135,9 @@ class Watchdog:
             self._held = frame if now - self._since > 2 * self._pause else None
             self._held_since = now
             return False
-        early = 8 * self._pause  # it was there up to 3 pauses before it was seen
+        early = (
+            5.5 * self._pause + self._patience
+        )  # it was there up to 3 pauses before it was seen; then notes are compared
         return now - self._held_since > self._timeout - early
 
     def _waiting_frame(self) -> FrameType | None:
