@@ -248,3 +248,66 @@ def test_pairs_may_be_taken_apart(tiny_model, pairs_file, tmp_path):
     ]
     train(words, tmp_path / "run")
     assert metrics(tmp_path / "run")[0]["kl"] >= 0
+
+
+def test_what_is_compared_with_must_not_change_on_a_resume(words_for, tmp_path, tiny_model):
+    words = words_for("dpo", "full", "batch_size=4")
+    train([*words, "max_steps=2"], tmp_path / "run")
+    for change, sentence in (
+        ("loss.type=ipo", "loss was dpo, is now ipo"),
+        ("reference.quantize=nf4", "the reference changed"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run(load_config(*words, change, "resume_from_checkpoint=true", f"output_dir={tmp_path / 'run'}"))
+
+
+def test_another_vocabulary_or_rounded_weights_are_no_reference(tiny_model, pairs_file, tmp_path):
+    import shutil
+
+    from tunesmith.training.preflight import check
+
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["A"], words["B"] = words["B"], words["A"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rounded = shutil.copytree(tiny_model, tmp_path / "rounded")
+    numbers = json.loads((rounded / "config.json").read_text())
+    (rounded / "config.json").write_text(json.dumps(numbers | {"quantization_config": {"quant_method": "torchao"}}))
+    for folder, sentence in ((other, "another vocabulary"), (rounded, "is quantized: name the model it was made from")):
+        config = load_config("preference", f"model={tiny_model}", f"dataset.source={pairs_file}", f"reference.model={folder}", f"output_dir={tmp_path / 'run'}")  # fmt: skip
+        with pytest.raises(ConfigError, match=sentence):
+            check(config)
+
+
+def test_another_model_finds_no_log_probs_of_the_first(words_for, tiny_model, tmp_path):
+    """They differ in one matrix in the middle of a file."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= -1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    words = words_for("dpo", "full", "batch_size=4", "reference.precompute=true", f"reference.model={tiny_model}")
+    train(words, tmp_path / "first")
+    expected = train([*words_for("dpo", "full", "batch_size=4"), f"reference.model={other}"], tmp_path / "live")
+    assert_same(train([*words, f"reference.model={other}"], tmp_path / "second"), expected)
+
+
+def test_validation_does_not_depend_on_how_it_is_cut(words_for, marked_file, tmp_path):
+    words = words_for("kto", "full", "batch_size=4", f"dataset_val.source={marked_file}", "optimizer.lr=0.5")
+    losses = []
+    for size in (1, 3, 24):
+        train([*words, f"batch_size_val={size}"], tmp_path / str(size))
+        losses.append(metrics(tmp_path / str(size))[-1]["val_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_answers_to_one_prompt_have_no_others_to_compare_with(tiny_model, tmp_path):
+    path = tmp_path / "one.jsonl"
+    rows = [{"prompt": "the", "completion": said(i, 3), "label": bool(i % 2)} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = refused(f"model={tiny_model}", f"dataset.source={path}", "loss.type=kto", f"output_dir={tmp_path / 'run'}")
+    assert "all rows have the same prompt" in text

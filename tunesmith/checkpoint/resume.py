@@ -275,7 +275,7 @@ def check_same_run(folder: Path, fingerprint: dict[str, Any]) -> None:
 
 
 def _change(key: str, was: Any, now: Any) -> str:
-    if key in ("data", "model", "teacher"):  # digests tell a person nothing
+    if key in ("data", "model", "teacher", "reference"):  # digests tell a person nothing
         return f"the {'data or how they are read' if key == 'data' else key} changed"
     return f"{key} was {was}, is now {now}"
 

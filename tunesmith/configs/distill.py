@@ -134,6 +134,8 @@ class Distill(TrainSettings):
                 )
         if self.on_policy_ratio > 0:
             yield from self._on_policy()
+        elif self.sampling != Sampling():
+            yield "`sampling` has no effect with `on_policy_ratio: 0`: the student writes no answers then"
 
     def _sources(self, of: Callable[[Any], bool], *options: str) -> Iterator[tuple[str, Any]]:
         """(option, section) of each source for which `of` holds."""

@@ -181,6 +181,8 @@ class Preference(TrainSettings):
                 "`reference.quantize` has no effect with adapters: the reference is the model itself with them switched off; "
                 "quantize that with `weights.quantize_base`, or name another `reference.model`"
             )
-        sources = self.dataset if isinstance(self.dataset, list) else [self.dataset]
-        if self.reference.precompute and any(source.streaming for source in sources):
-            yield "`reference.precompute` needs all rows beforehand, which `dataset.streaming` does not have; turn one of them off"
+        for option in ("dataset", "dataset_val"):
+            given = getattr(self, option)
+            sources = given if isinstance(given, list) else [given] if given else []
+            if self.reference.precompute and any(source.streaming for source in sources):
+                yield f"`reference.precompute` needs all rows beforehand, which `{option}.streaming` does not have; turn one of them off"

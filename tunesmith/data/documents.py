@@ -54,7 +54,9 @@ class RowReader:
         chunk: list[NumberedExample] = []
         size = 0
         examples = self._examples(rows, report)
-        for item in with_mismatched(examples) if self.units and self.units.mismatched else examples:
+        for item in (
+            with_mismatched(examples, not self.data.streaming) if self.units and self.units.mismatched else examples
+        ):
             chunk.append(item)
             size += len(item[2].get("text", ""))
             if len(chunk) == _CHUNK or size > _CHUNK_CHARACTERS:

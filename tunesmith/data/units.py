@@ -104,8 +104,11 @@ Conversation = tuple[list[Message], list[Any] | None, float]
 """Messages, tools, value."""
 
 
-def with_mismatched(examples: Iterable[tuple[int, str, Example]]) -> Iterator[tuple[int, str, Example]]:
-    """Each example with the answers of the next one that has another prompt as "other"; behind the last comes the first again."""
+def with_mismatched(examples: Iterable[tuple[int, str, Example]], are_all: bool) -> Iterator[tuple[int, str, Example]]:
+    """Each example with the answers of the next one that has another prompt as "other"; behind the last comes the first again.
+
+    Without another prompt `are_all` of a source are refused; in a part of a stream such an example is its own "other".
+    """
     waiting: list[tuple[int, str, Example]] = []
     first: list[Example] = []
     """One of each of the first two prompts."""
@@ -116,6 +119,11 @@ def with_mismatched(examples: Iterable[tuple[int, str, Example]]) -> Iterator[tu
             yield from ((number, place, {**example, "other": item[2]}) for number, place, example in waiting)
             waiting = []
         waiting.append(item)
+    if are_all and waiting and len(first) < 2:
+        raise UserError(
+            f"{waiting[0][1]}: all rows have the same prompt, and `loss.type: kto` needs answers to other prompts to compare with: add rows, "
+            "or take `loss.type: bco`"
+        )
     for number, place, example in waiting:
         other = next((one for one in first if one["prompt"] != example["prompt"]), example)
         yield number, place, {**example, "other": other}

@@ -64,7 +64,15 @@ def main(config: Distill) -> None:
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
         divergence = build_divergence(config.divergence)
         answers = own_answers(config, tokenizer, run.mesh, length)
-        run.keep(model, tokenizer, optimizer, data, source, teacher=teacher_source.fingerprint)
+        run.keep(
+            model,
+            tokenizer,
+            optimizer,
+            data,
+            source,
+            teacher=teacher_source.fingerprint,
+            divergence=config.divergence.type,
+        )
         if not run.resume_from:
             write_samples(run.folder, 0, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
 

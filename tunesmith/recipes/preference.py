@@ -10,6 +10,7 @@ The losses themselves are in losses/preference.py: a further one is a function a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +22,7 @@ from tunesmith.data.batch import IGNORED, Batch
 from tunesmith.data.loader import preference_batches, validation_batches
 from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.generation.samples import write_samples
-from tunesmith.losses.preference import PAIRED, UNPAIRED, Answers, Pairs
+from tunesmith.losses.preference import PAIRED, UNPAIRED, Answers, Pairs, Unpaired
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.documents import document_sums
 from tunesmith.nn.head import Head
@@ -56,7 +57,8 @@ def main(config: Preference) -> None:
         model = build_model(config, source, tokenizer, run.mesh, run.resume_from)
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
         references.attach(model, optimizer.precision)
-        run.keep(model, tokenizer, optimizer, data, source)
+        fixed = {"loss": config.loss.type, "reference": references.fingerprint}
+        run.keep(model, tokenizer, optimizer, data, source, **fixed)
         kind = PairedMethod if config.loss.needs_pairs else UnpairedMethod
         method = kind(model, optimizer, references, run.mesh, run.running)
         if not run.resume_from:
@@ -166,12 +168,16 @@ class UnpairedMethod(Method):
     """Losses of single answers marked good or bad, compared with a statistic of the global batch."""
 
     POLICY = "policy"
+    statistic: float
+
+    @property
+    def kind(self) -> Unpaired:
+        return UNPAIRED[self.references.config.loss.type]
 
     def rows(self, batches: list[Batch]) -> list[Batch]:
         """The answers; those to other prompts, from which KTO takes its baseline, are kept for `prepare`."""
-        kind = UNPAIRED[self.references.config.loss.type]
         self._others = batches
-        if kind.statistic == "kl":
+        if self.kind.statistic == "kl":
             self._others, batches = [one.select(1, 2) for one in batches], [one.select(0, 2) for one in batches]
         for batch in batches:
             is_good = batch.extra["values"] > 0.5
@@ -182,17 +188,35 @@ class UnpairedMethod(Method):
         return batches
 
     def prepare(self, batches: list[Batch]) -> None:
-        self._prepare(batches, of=0, learns=True)
-
-    def prepare_validation(self, batches: list[Batch]) -> None:
-        self._prepare(batches, of=1, learns=False)
-
-    def _prepare(self, batches: list[Batch], of: int, learns: bool) -> None:
         """The reference, and the statistic: over the global batch, so it does not depend on how that was cut."""
-        self.references.write(batches, of)
-        is_kl = UNPAIRED[self.references.config.loss.type].statistic == "kl"
+        self.references.write(batches)
+        total, count = self._measured(batches, of=0)
+        if self.kind.statistic == "rewards" and math.isfinite(total):
+            new = {"rewards": self.numbers["beta"] * total, "answers": count}
+            self.running |= {name: self.running.get(name, 0.0) + value for name, value in new.items()}
+        self._set_statistic(total, count)
+
+    def validation(self, held_out: Iterable[list[Batch]]) -> dict[str, float]:
+        """With the statistic of all held-out rows, which takes a pass of its own."""
+        sums = [0.0, 0.0]
+        for batches in held_out:
+            own = own_batches(self.model, self.rows(batches), self.mesh)
+            self.references.write(own, of=1)
+            sums = [a + b for a, b in zip(sums, self._measured(own, of=1))]
+        self._set_statistic(*sums)
+        return super().validation(held_out)
+
+    def _set_statistic(self, total: float, count: float) -> None:
+        if self.kind.statistic == "kl":
+            self.statistic = max(0.0, total / max(count, 1.0))
+        else:
+            seen = self.running or {"rewards": self.numbers["beta"] * total, "answers": count}
+            self.statistic = seen["rewards"] / max(seen["answers"], 1.0)
+
+    def _measured(self, batches: list[Batch], of: int) -> tuple[float, float]:
+        """(sum of log-ratios, answers) over all ranks, of what the statistic is taken over: without gradients or dropout."""
         measured = batches
-        if is_kl:
+        if self.kind.statistic == "kl":
             measured = own_batches(self.model, self._others, self.mesh)
             self.references.write(measured, of)
         write_log_probs(self.model, measured, self.POLICY, self.chunk_size, self.optimizer.precision)
@@ -204,14 +228,7 @@ class UnpairedMethod(Method):
                 count += int(there.sum())
         # Ranks that share rows have counted the same documents.
         total, count = (one / self.mesh.size("cp") for one in self.mesh.sum([total, count], LOSS))
-        if is_kl:
-            self.statistic = max(0.0, total / max(count, 1.0))
-            return
-        new = {"rewards": self.numbers["beta"] * total, "answers": count}
-        if learns:
-            self.running |= {name: self.running.get(name, 0.0) + value for name, value in new.items()}
-        seen = self.running or new
-        self.statistic = seen["rewards"] / max(seen["answers"], 1.0)
+        return total, count
 
     def loss(self, head: Head, hidden: Tensor, batch: Batch) -> Terms:
         log_probs, lengths = self._documents(head, hidden, batch)
@@ -220,14 +237,12 @@ class UnpairedMethod(Method):
         reference = batch.extra[REFERENCE][there] if REFERENCE in batch.extra else None
         answers = Answers(log_probs[there], lengths[there], is_good, reference)
         statistic = torch.tensor(self.statistic, device=hidden.device)
-        function = UNPAIRED[self.references.config.loss.type].function
-        losses, rewards = function(answers, statistic, **self.numbers)
+        losses, rewards = self.kind.function(answers, statistic, **self.numbers)
         terms: Terms = {"preference_loss": (losses.sum(), "answers")}
         if self.sft_weight:
             terms["sft_loss"] = (-self.sft_weight * answers.logps[is_good].sum(), "chosen_tokens")
         rewards = rewards.detach()
         terms["rewards/chosen"] = Metric(rewards[is_good].sum(), "desirable")
         terms["rewards/rejected"] = Metric(rewards[~is_good].sum(), "undesirable")
-        name = UNPAIRED[self.references.config.loss.type].statistic
-        terms[{"kl": "kl", "rewards": "baseline"}[name]] = Metric(statistic * len(rewards), "answers")
+        terms[{"kl": "kl", "rewards": "baseline"}[self.kind.statistic]] = Metric(statistic * len(rewards), "answers")
         return self._shared(terms)

@@ -32,6 +32,7 @@ from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
 from tunesmith.training.preflight import (
+    check_plain,
     check_trainable,
     check_vocabulary,
     frozen_stages,
@@ -213,6 +214,7 @@ def construct_frozen(
     config: TrainSettings, source: Source, tokenizer: Tokenizer, quantize: str | None = None
 ) -> tuple[CausalLM, int | None]:
     """The same on the meta device, not yet spread, and the first row of its embedding that is new (None: none)."""
+    check_plain(source.hf_config, source.name)
     rows = source.family.read_config(source.hf_config).vocab_size
     grows = tokenizer.vocab_size > rows
     hf_config = {**source.hf_config, "vocab_size": tokenizer.vocab_size} if grows else source.hf_config

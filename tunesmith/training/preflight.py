@@ -175,28 +175,34 @@ def _teacher(config: Any, notes: list[str]) -> Iterator[str]:
     yield from (problems := list(_model_folder(folder, weights=True)))
     if problems or not (folder / "config.json").is_file():
         return
-    _, _, shape = model_config(folder)
+    hf_config, _, shape = model_config(folder)
+    try:
+        check_plain(hf_config, name)
+    except UserError as error:
+        yield str(error)
+        return
     yield from frozen_layout_problems("teacher.model", config, shape, bool(config.teacher.quantize))
     try:
         student = _shape(config)
     except UserError:
         return  # told where the student is
     if student is not None:
-        yield from _other_tokens(config, student[1].vocab_size, folder, shape.vocab_size)
+        yield from _other_tokens(config, student[1].vocab_size, "teacher.model", folder, shape.vocab_size)
 
 
-def _other_tokens(config: Any, rows: int, folder: Path, teacher_rows: int) -> Iterator[str]:
+def _other_tokens(config: Any, rows: int, option: str, folder: Path, teacher_rows: int) -> Iterator[str]:
+    """One sentence where the model of `option`, in `folder`, has other tokens than the trained one."""
     file = follow_latest(Path(config.tokenizer.path or config.model).expanduser())
     file, teacher_file = (one / "tokenizer.json" if one.is_dir() else one for one in (file, folder))
     if rows <= teacher_rows and file.is_file() and teacher_file.is_file():
         if file.read_bytes() == teacher_file.read_bytes():
             return
     student = read_vocabulary(config.model, rows, file)
-    teacher = read_vocabulary(config.teacher.model, teacher_rows, teacher_file)
+    teacher = read_vocabulary(str(folder), teacher_rows, teacher_file)
     if student.tokens is None or teacher.tokens is None:
         return  # of other files the run's own reader makes the tokens
     if problem := vocabulary_problem(student, teacher, config.tokenizer.add_tokens):
-        yield problem
+        yield f"`{option}`: {problem}"
 
 
 def damaged(file: Path) -> str | None:
@@ -399,8 +405,10 @@ def _reference(config: Any, notes: list[str]) -> Iterator[str]:
     yield from (f"`reference.model`: {problem}" for problem in problems)
     try:
         if not problems and (ours := _shape(config)) is not None:
-            _, family, shape = model_config(folder)
+            hf_config, family, shape = model_config(folder)
+            check_plain(hf_config, name)
             check_reference(config.model, ours, name, (family, shape))
+            yield from _other_tokens(config, ours[1].vocab_size, "reference.model", folder, shape.vocab_size)
     except UserError as error:
         yield str(error)
 
@@ -468,6 +476,14 @@ def group_problems(config: Any, family: Family, shape: DecoderConfig) -> Iterato
 
 def _largest_divisor(number: int, most: int) -> int:
     return max(size for size in range(1, min(number, most) + 1) if number % size == 0)
+
+
+def check_plain(hf_config: dict[str, Any], model: str) -> None:
+    """Raise UserError where the weights of a reference or a teacher are quantized: they are spread over ranks like the trained ones."""
+    if hf_config.get("quantization_config"):
+        raise UserError(
+            f"{model} is quantized: name the model it was made from, which `quantize: nf4` beside its name holds in 4 bits"
+        )
 
 
 def check_trainable(hf_config: dict[str, Any], model: str) -> None:

@@ -5,6 +5,7 @@ B rows, T tokens, M documents a row.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith import hub
 from tunesmith.configs.preference import Preference
 from tunesmith.configs.shared import LoRAWeights
 from tunesmith.data.batch import Batch
@@ -88,6 +88,13 @@ class References:
         self._shards: SequenceShards | None = None
         self._precision: Callable[[], AbstractContextManager] = nullcontext
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Changes with what is compared with; None where nothing is."""
+        if not self.config.loss.needs_reference:
+            return None
+        return f"{self._source.fingerprint}-{self._quantize}"
+
     def compute_once(self, sources: Iterable[Batches | None], say: Callable[[str], None]) -> None:
         """If `reference.precompute` is set: the log-probabilities of all labels in each of `sources`, for `write` to look up."""
         if self.config.loss.needs_reference and self.config.reference.precompute:
@@ -130,7 +137,7 @@ class References:
         """
         assert self._source.folder is not None
         made_of = [
-            hub.fingerprint_folder(self._source.folder),
+            self._source.fingerprint,
             self.config.dtype,
             self._quantize,
             rows.index_fingerprint,
@@ -154,8 +161,10 @@ class References:
             for batches in rows.each_row_once():
                 forward(model, own_batches(model, batches, self._mesh), write, self._precision)
         self._mesh.sum_tensor(tokens, LOSS)
-        if self._mesh.is_main:
-            _save(file, tokens)
+        if self._mesh.is_main and (problem := _save(file, tokens)):
+            say(
+                f"the log-probabilities are not kept for the next run: {file.parent} can't be written ({problem}); set TUNESMITH_CACHE to a folder that can"
+            )
         self._mesh.ranks.barrier()
         return tokens
 
@@ -171,8 +180,8 @@ def _is_whole(file: Path, places: int) -> bool:
         return False
 
 
-def _save(file: Path, tokens: Tensor) -> None:
-    """Under its name only when it is whole; a folder that can't be written costs the cache, not the run."""
+def _save(file: Path, tokens: Tensor) -> str | None:
+    """Under its name only when it is whole. A folder that can't be written costs the cache, not the run: returns why."""
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -181,5 +190,8 @@ def _save(file: Path, tokens: Tensor) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(partial, file)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        return error.strerror or str(error)
+    return None

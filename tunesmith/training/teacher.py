@@ -122,7 +122,7 @@ def check_teacher(config: distill.Distill, student: Source, tokenizer: Tokenizer
     problems = list(frozen_layout_problems("teacher.model", config, shape, bool(config.teacher.quantize)))
     own = _vocabulary(student, tokenizer)
     if problem := vocabulary_problem(own, _vocabulary(teacher), config.tokenizer.add_tokens):
-        problems.append(problem)
+        problems.append(f"`teacher.model`: {problem}")
     if problems:
         raise UserError("\n".join(problems))
 

@@ -34,7 +34,7 @@ def read_vocabulary(name: str, rows: int, file: Path) -> Vocabulary:
 
 
 def vocabulary_problem(student: Vocabulary, teacher: Vocabulary, new: Iterable[str] = ()) -> str | None:
-    """A sentence where the teacher's distribution is not over the student's tokens; None where it is, as far as is known.
+    """A sentence where the teacher's (or reference's) distribution is not over the student's tokens; None where it is, as far as is known.
 
     A token has the same id in both; only added ones may be absent in one of them. The number of padded rows may differ.
     new: tokens that the run adds to both.
@@ -75,6 +75,6 @@ def _another_id(own: Mapping[str, int], other: Mapping[str, int]) -> str | None:
 
 def _sentence(student: Vocabulary, teacher: Vocabulary, reason: str) -> str:
     return (
-        f"`teacher.model`: {teacher.name} has another vocabulary than {student.name}, so their distributions can't be compared: "
-        f"{reason}; choose a teacher of the student's family"
+        f"{teacher.name} has another vocabulary than {student.name}, so their distributions can't be compared: "
+        f"{reason}; choose one with the same tokens"
     )
