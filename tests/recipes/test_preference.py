@@ -11,6 +11,7 @@ from tunesmith.config import load_config, run
 from tunesmith.configs.preference import PreferenceLoss
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.losses import preference as losses
+from tunesmith.nn.scheme import Scheme
 
 WEIGHTS = {"full": [], "lora": ["+lora"], "dora": ["+dora"], "qlora": ["+qlora"]}
 PAIRED = ("dpo", "robust", "ipo", "hinge", "apo_zero", "apo_down", "simpo", "cpo", "orpo")
@@ -273,7 +274,8 @@ def test_another_vocabulary_or_rounded_weights_are_no_reference(tiny_model, pair
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     rounded = shutil.copytree(tiny_model, tmp_path / "rounded")
     numbers = json.loads((rounded / "config.json").read_text())
-    (rounded / "config.json").write_text(json.dumps(numbers | {"quantization_config": {"quant_method": "torchao"}}))
+    numbers["quantization_config"] = Scheme("int4_weight_only", 32).to_config([])
+    (rounded / "config.json").write_text(json.dumps(numbers))
     for folder, sentence in ((other, "another vocabulary"), (rounded, "is quantized: name the model it was made from")):
         config = load_config("preference", f"model={tiny_model}", f"dataset.source={pairs_file}", f"reference.model={folder}", f"output_dir={tmp_path / 'run'}")  # fmt: skip
         with pytest.raises(ConfigError, match=sentence):
