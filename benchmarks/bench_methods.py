@@ -74,7 +74,7 @@ def _command(method: str, model: str, teacher: str, data: str, steps: int) -> li
     settings = {
         "model": model, "dataset.source": data, "dtype": "fp32", "max_steps": steps, "batch_size": BATCH,
         "tokenizer.max_seq_len": LENGTH, "optimizer.lr": 1e-5, "optimizer.weight_decay": 0.0, "device": "cpu",
-        "output_dir": "run", "metric_logger.type": "measure.StepClock",
+        "output_dir": "run", "metric_logger.type": "measure.StepClock", "shuffle": "false",
     } | ({"teacher.model": teacher} if method == "distill" else {})  # fmt: skip
     return [
         sys.executable,
@@ -99,6 +99,7 @@ def trl(method: str, model: str, teacher: str, data: str, steps: int) -> None:
         "weight_decay": 0.0, "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "bf16": False, "use_cpu": True,
         "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
         "disable_tqdm": True, "dataloader_pin_memory": False, "seed": 1234, "max_length": LENGTH,
+        "train_sampling_strategy": "sequential",
     }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model)
     common = {
