@@ -11,23 +11,19 @@ import torch
 from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 
+from tests import runs
+from tests.runs import run_recipe
 from tunesmith.config import load_config, run
 from tunesmith.errors import ConfigError, UserError
 
 WEIGHTS = {"full": [], "lora": ["+lora"], "dora": ["+dora", "weights.target_modules=[q_proj,lm_head]"], "qlora": ["+qlora"]}  # fmt: skip
 LAYOUTS = {
+    **runs.LAYOUTS,
     "one": (1, []),
-    "dp2": (2, []),
-    "hsdp": (2, ["data_parallel_replicate_dim=2"]),
-    "tp2": (2, ["tensor_parallel_dim=2"]),
-    "cp2": (2, ["context_parallel_dim=2"]),
-    "pp2": (2, ["pipeline_parallel_dim=2"]),
     "pp2 zbv": (2, ["pipeline_parallel_dim=2", "pipeline_parallel_schedule=ZBVZeroBubble"]),
-    "dp2 x tp2": (4, ["tensor_parallel_dim=2"]),
-    "dp2 x pp2": (4, ["pipeline_parallel_dim=2"]),
 }
-COMMON = """distill dtype=fp32 device=cpu max_steps=3 optimizer.type=sgd optimizer.lr=0.05 lr_scheduler.type=constant clip_grad_norm=1.0
-global_batch_size=8 tokenizer.max_seq_len=64 loss.chunk_size=16 divergence.type=jsd divergence.temperature=1.5""".split()
+OWN = "max_steps=3 loss.chunk_size=16 divergence.type=jsd divergence.temperature=1.5".split()
+COMMON = ["distill", *runs.COMMON, *OWN]
 
 
 def make_model(folder: Path, like: Path, seed=3, hidden=48, layers=3, vocabulary=320, tied=False, **more) -> Path:
@@ -70,15 +66,6 @@ def teachers(tmp_path_factory, tiny_model):
         "padded": make_model(folder / "padded", tiny_model, vocabulary=332),
         "cut": make_model(folder / "cut", tiny_model, vocabulary=318),
     }
-
-
-def run_recipe(words, folder):
-    """On a rank: `tune run` of the words; its exit code."""
-    try:
-        run(load_config(*words, f"output_dir={folder}"))
-    except SystemExit as error:
-        return error.code
-    return 0
 
 
 def run_on_a_rank(words, folder, cache):

@@ -158,7 +158,7 @@ class RowReader:
         return [type(self.data).__name__, options, self.data.on_bad_row, self.tokenizer.fingerprint]
 
 
-def _code() -> list[str]:
+def reading_code() -> list[str]:
     """Changes with the code that reads rows and makes tokens of them: what an older version cached is not taken.
 
     All of the package counts: a list of the modules that matter would one day lack one.
@@ -192,7 +192,7 @@ def load_documents(
     rows = open_rows(data)
     reader = RowReader(data, reading, tokenizer, units)
     key = [rows.fingerprint(), *reader.options()]
-    documents, found = cached([*key, *_code()], lambda report: reader.tokenize(numbered(rows), report))
+    documents, found = cached([*key, *reading_code()], lambda report: reader.tokenize(numbered(rows), report))
     if found:  # perhaps of another file with the same content
         skipped = documents.reading.skipped
         skipped.update({reason: one._replace(place=rows.place(one.row)) for reason, one in skipped.items()})

@@ -17,6 +17,7 @@ from tunesmith.configs.layout import rows_problem
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.data.batch import Batch
 from tunesmith.data.collate import TokenRow, collate
+from tunesmith.data.documents import reading_code
 from tunesmith.data.indexed import IndexedOrder
 from tunesmith.data.report import DataReport
 from tunesmith.data.streamed import StreamedOrder
@@ -205,8 +206,8 @@ class Batches:
 
     @property
     def index_fingerprint(self) -> str:
-        """Changes with what stands at the places that extra["index"] names, and with how much of it is read."""
-        return repr([entry[:2] for entry in self.order.fingerprint])
+        """Changes with what stands at the places that extra["index"] names, how much of it is read, and by which code."""
+        return repr([[entry[:2] for entry in self.order.fingerprint], reading_code()])
 
     def each_row_once(self) -> Batches:
         """The same rows (of indexed data), each in one step whatever its source's weight, and no more often."""

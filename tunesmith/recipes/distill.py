@@ -19,7 +19,7 @@ from tunesmith.data.batch import Batch
 from tunesmith.data.loader import chat_batches, validation_batches
 from tunesmith.data.tokenizer import Tokenizer, find_tokenizer
 from tunesmith.generation.own_answers import OWN, OwnAnswers
-from tunesmith.generation.samples import write_samples
+from tunesmith.generation.samples import Samples
 from tunesmith.generation.sampling import Sampling
 from tunesmith.losses.distillation import Distillation
 from tunesmith.nn.head import Head, with_label
@@ -59,7 +59,7 @@ def main(config: Distill) -> None:
         held_out = validation_batches(config, tokenizer, run.mesh, max_seq_len=length, with_index=not computes_along)
         run.note(str(data.report))
 
-        teacher, examiner = open_teachers(config, teacher_source, tokenizer, run.mesh, length, shared, run.note)
+        teacher, examiner = open_teachers(config, teacher_source, tokenizer, run.mesh, data, held_out, shared, run.note)
         model = build_model(config, source, tokenizer, run.mesh, run.resume_from)
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
         divergence = build_divergence(config.divergence)
@@ -73,8 +73,9 @@ def main(config: Distill) -> None:
             teacher=teacher_source.fingerprint,
             divergence=config.divergence.type,
         )
+        samples = Samples(run.folder, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
         if not run.resume_from:
-            write_samples(run.folder, 0, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
+            samples.write(0)
 
         for step in run.steps(data.total_steps):
             batches = answers.of(model, run.next(data.step, step), step)
@@ -87,15 +88,7 @@ def main(config: Distill) -> None:
             run.save_if_due(step)
 
         if not run.stopped:
-            write_samples(
-                run.folder,
-                data.total_steps,
-                model,
-                tokenizer,
-                config.sample_prompts,
-                chat=True,
-                writes=run.mesh.is_main,
-            )
+            samples.write(data.total_steps)
         run.finish()
 
 

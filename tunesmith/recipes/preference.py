@@ -21,7 +21,7 @@ from tunesmith.configs.preference import Preference
 from tunesmith.data.batch import IGNORED, Batch
 from tunesmith.data.loader import preference_batches, validation_batches
 from tunesmith.data.tokenizer import find_tokenizer
-from tunesmith.generation.samples import write_samples
+from tunesmith.generation.samples import Samples
 from tunesmith.losses.preference import PAIRED, UNPAIRED, Answers, Pairs, Unpaired
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.documents import document_sums
@@ -61,8 +61,9 @@ def main(config: Preference) -> None:
         run.keep(model, tokenizer, optimizer, data, source, **fixed)
         kind = PairedMethod if config.loss.needs_pairs else UnpairedMethod
         method = kind(model, optimizer, references, run.mesh, run.running)
+        samples = Samples(run.folder, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
         if not run.resume_from:
-            write_samples(run.folder, 0, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
+            samples.write(0)
 
         for step in run.steps(data.total_steps):
             batches = method.rows(run.next(data.step, step))
@@ -72,15 +73,7 @@ def main(config: Preference) -> None:
             run.save_if_due(step)
 
         if not run.stopped:
-            write_samples(
-                run.folder,
-                data.total_steps,
-                model,
-                tokenizer,
-                config.sample_prompts,
-                chat=True,
-                writes=run.mesh.is_main,
-            )
+            samples.write(data.total_steps)
         run.finish()
 
 

@@ -14,7 +14,7 @@ from tunesmith.configs.sft import SFT
 from tunesmith.data.batch import Batch
 from tunesmith.data.loader import chat_batches, validation_batches
 from tunesmith.data.tokenizer import find_tokenizer
-from tunesmith.generation.samples import write_samples
+from tunesmith.generation.samples import Samples
 from tunesmith.nn.head import Head
 from tunesmith.training.build import build_model, find_model, max_sequence_length
 from tunesmith.training.optim import build_optimizer
@@ -39,8 +39,9 @@ def main(config: SFT) -> None:
         model = build_model(config, source, tokenizer, run.mesh, run.resume_from)
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
         run.keep(model, tokenizer, optimizer, data, source)
+        samples = Samples(run.folder, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
         if not run.resume_from:
-            write_samples(run.folder, 0, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
+            samples.write(0)
 
         for step in run.steps(data.total_steps):
             batches = run.next(data.step, step)
@@ -50,13 +51,5 @@ def main(config: SFT) -> None:
             run.save_if_due(step)
 
         if not run.stopped:
-            write_samples(
-                run.folder,
-                data.total_steps,
-                model,
-                tokenizer,
-                config.sample_prompts,
-                chat=True,
-                writes=run.mesh.is_main,
-            )
+            samples.write(data.total_steps)
         run.finish()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tunesmith.configs import distill
 from tunesmith.data.batch import Batch
+from tunesmith.data.loader import Batches
 from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.errors import UserError
 from tunesmith.losses.distillation import Guide, TopK
@@ -25,7 +26,7 @@ from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.pipeline import forward
 from tunesmith.training.build import Source, build_frozen
 from tunesmith.training.preflight import frozen_layout_problems
-from tunesmith.training.top_k import INDEX, Note, TopKStore, every_row, open_store
+from tunesmith.training.top_k import INDEX, Note, TopKStore, open_store
 from tunesmith.training.vocabulary import Vocabulary, vocabulary_problem
 
 _HIDDEN, _IDS, _LOG_PROBS = "teacher_hidden", "teacher_ids", "teacher_log_probs"
@@ -90,11 +91,18 @@ class CachedTeacher:
 
 
 def open_teachers(
-    config: distill.Distill, source: Source, tokenizer: Tokenizer, mesh: Mesh, length: int, shared: int, note: Note
+    config: distill.Distill,
+    source: Source,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    data: Batches,
+    held_out: Batches | None,
+    shared: int,
+    note: Note,
 ) -> tuple[Teacher, Teacher]:
     """What guides training, and what guides validation; where the cache does, the teacher itself is loaded only to fill it.
 
-    length: longest row in tokens. shared: tokens that teacher and student both have.
+    shared: tokens that teacher and student both have.
     """
     loaded: list[CausalLM] = []
 
@@ -107,13 +115,12 @@ def open_teachers(
         live = LiveTeacher(load())
         return live, live
 
-    def cached(option: str) -> Teacher:
-        data = every_row(config, option, tokenizer, mesh, length)
-        key = [source.fingerprint, config.teacher.quantize, config.dtype, config.divergence.temperature, shared, length]
-        return CachedTeacher(open_store(key, config, data, load, mesh, shared, note))
+    def cached(rows: Batches) -> Teacher:
+        key = [source.fingerprint, config.teacher.quantize, config.dtype, config.divergence.temperature, shared]
+        return CachedTeacher(open_store(key, config, rows, load, mesh, shared, note))
 
-    training = cached("dataset")
-    return training, training if config.dataset_val is None else cached("dataset_val")
+    training = cached(data)
+    return training, training if held_out is None else cached(held_out)
 
 
 def check_teacher(config: distill.Distill, student: Source, tokenizer: Tokenizer, teacher: Source) -> None:

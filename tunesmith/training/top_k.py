@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from torch import Tensor
 from tunesmith.configs.distill import Distill
 from tunesmith.data.batch import Batch
 from tunesmith.data.cache import cache_folder, digest
-from tunesmith.data.loader import Batches, chat_batches, validation_batches
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.loader import Batches
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.head import Head, with_label
@@ -97,18 +95,6 @@ class _Writer:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def every_row(config: Distill, option: str, tokenizer: Tokenizer, mesh: Mesh, length: int) -> Batches:
-    """The batches of `option`, dataset or dataset_val, with each row once, whatever the run takes of them."""
-    section = getattr(config, option)
-    sources = [replace(source, weight=None) for source in (section if isinstance(section, list) else [section])]
-    limits = {"epochs": 1, "max_steps": None, "max_steps_per_epoch": None, "max_val_steps": None}
-    once = replace(config, shuffle=False, **limits, **{option: sources})
-    read = chat_batches if option == "dataset" else validation_batches
-    batches = read(once, tokenizer, mesh, max_seq_len=length, with_index=True)
-    assert batches is not None
-    return batches
-
-
 def open_store(
     key: Sequence[Any],
     config: Distill,
@@ -123,12 +109,11 @@ def open_store(
     key: what the numbers depend on beside the data. shared: only the first so many tokens count.
     """
     k = min(config.teacher.cache_top_k or shared, shared)
-    texts = [source[0] for source in data.order.fingerprint]
-    digested = json.dumps([_VERSION, k, *key, texts], sort_keys=True).encode()
+    digested = json.dumps([_VERSION, k, *key, data.index_fingerprint], sort_keys=True).encode()
     root, name = cache_folder("teachers"), hashlib.blake2b(digested, digest_size=20).hexdigest()
     if not all(mesh.ranks.gather(_is_whole(root / name))):
         try:
-            _fill(root, name, config, data, load(), k, mesh, shared, note)
+            _fill(root, name, config, data.each_row_once(), load(), k, mesh, shared, note)
         except OSError as error:
             raise UserError(
                 f"the teacher's log-probabilities can't be written to {root} ({error.strerror or error}): make room there, set "
