@@ -33,7 +33,7 @@ TORCH_FREE = [
     "cli",
     "models/families.py",
     "models/family.py",
-    "training/preflight.py",
+    "training/preflight",
 ]
 
 

@@ -1,5 +1,6 @@
 """What is found before weights are loaded, each as one sentence, all of them at once."""
 
+import importlib.util
 import json
 import shutil
 import struct
@@ -12,6 +13,7 @@ from tunesmith.checkpoint.adapter import read_adapter_config
 from tunesmith.config import load_config
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.training import preflight
+from tunesmith.training.preflight import machine
 
 
 @pytest.fixture(autouse=True)
@@ -364,7 +366,7 @@ def test_an_optimizer_that_needs_whole_parameters(model, monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_eight_bit_states_of_a_tied_head_on_a_pipeline(model, monkeypatch, tied):
-    monkeypatch.setitem(preflight._EXTRAS, ("optimizer", "adamw_8bit"), ("json", "json"))  # torchao may be absent
+    monkeypatch.setitem(machine._EXTRAS, ("optimizer", "adamw_8bit"), ("json", "json"))  # torchao may be absent
     change_config(model, tie_word_embeddings=tied)
     pipeline = ["pipeline_parallel_dim=2", "gradient_accumulation_steps=2"]
     said = [line for line in findings("sft", "optimizer.type=adamw_8bit", *pipeline) if "adamw_8bit" in line]
@@ -436,8 +438,8 @@ def test_output_folder(model, monkeypatch):
     ("word", "package"), [("metric_logger.type=wandb", "wandb"), ("optimizer.type=adamw_8bit", "torchao")]
 )
 def test_packages(model, monkeypatch, word, package):
-    real = preflight.importlib.util.find_spec
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
     found = findings("sft", word)
     assert (
         len(found) == 1 and f"needs the package {package}, which is not installed: pip install 'tunesmith[" in found[0]

@@ -66,9 +66,7 @@ def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: Mesh, se
     for decoder in [stage.decoder for stage in model.pipeline.stages] if model.pipeline else [model.model]:  # type: ignore[union-attr]
         split.wrap_decoder(decoder)  # type: ignore[arg-type]
     model.config = _local_config(model.config, group)  # type: ignore[arg-type, assignment]
-    if (
-        sequence_parallel
-    ):  # what is whole sees a part of the tokens only, but for a head that comes after them are gathered
+    if sequence_parallel:  # what is whole sees some of the tokens, but for a head, which sees all
         head = f"{model.head_name}."
         summands |= {name for name, _ in model.named_parameters() if name not in parts and not name.startswith(head)}
     model.tensor_parts, model.summed_over_tp = parts, summands  # type: ignore[assignment]

@@ -64,15 +64,8 @@ def main(config: Distill) -> None:
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)
         divergence = build_divergence(config.divergence)
         answers = own_answers(config, tokenizer, run.mesh, length)
-        run.keep(
-            model,
-            tokenizer,
-            optimizer,
-            data,
-            source,
-            teacher=teacher_source.fingerprint,
-            divergence=config.divergence.type,
-        )
+        fixed = {"teacher": teacher_source.fingerprint, "divergence": config.divergence.type}
+        run.keep(model, tokenizer, optimizer, data, source, **fixed)
         samples = Samples(run.folder, model, tokenizer, config.sample_prompts, chat=True, writes=run.mesh.is_main)
         if not run.resume_from:
             samples.write(0)
