@@ -12,7 +12,7 @@ from tunesmith.errors import UserError
 from tunesmith.parallel.mesh import start_mesh
 from tunesmith.training.build import load_model
 from tunesmith.training.optim import build_optimizer
-from tunesmith.training.step import train_step, validation_means
+from tunesmith.training.step import Metric, train_step, validation_means
 
 CPU = torch.device("cpu")
 
@@ -172,3 +172,24 @@ def test_the_gradient_norm_is_exact_also_in_bfloat16(tiny_model, in_backward):
         parameter.register_hook(lambda gradient: squares.append(gradient.double().square().sum().item()))
     stats = train_step(model, optimizer, micro_batches(8), loss_fn, start_mesh(CPU), 1)
     assert stats.grad_norm == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
+
+
+def test_a_mean_over_nothing_is_not_logged(tiny_model):
+    model = load_model(tiny_model).requires_grad_(True)
+    mesh = start_mesh(CPU)
+    optimizer = build_optimizer(model, TrainSettings(dtype="fp32"), 2, mesh)
+
+    def loss(head, hidden, batch):
+        total = head.cross_entropy(hidden, batch.labels)
+        return {
+            "loss": (total, "tokens"),
+            "some": Metric(total.detach(), "tokens"),
+            "none": Metric(total.detach() * 0, "rare"),
+        }
+
+    batches = micro_batches(3)
+    for batch in batches:
+        batch.counts["rare"] = 0
+    stats = train_step(model, optimizer, batches, loss, mesh, 1)
+    assert stats.metrics == {"some": pytest.approx(stats.loss)}
+    assert set(validation_means(model, optimizer, [batches], loss, mesh)) == {"loss", "some"}

@@ -42,7 +42,8 @@ def main(config: Preference) -> None:
     with start_run(config, "preference") as run:
         source = find_model(config.model)
         tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, source.family.chat_templates)
-        run.check_fit(source, tokenizer)
+        references = References(config, source, tokenizer, run.mesh)
+        run.check_fit(source, tokenizer, beside=references.computes_along)
         options: dict[str, Any] = {
             "max_seq_len": max_sequence_length(config, source),
             "units": "pairs" if config.loss.needs_pairs else UNITS[UNPAIRED[config.loss.type].statistic],
@@ -52,7 +53,6 @@ def main(config: Preference) -> None:
         held_out = validation_batches(config, tokenizer, run.mesh, **options)
         run.note(str(data.report))
 
-        references = References(config, source, tokenizer, run.mesh)
         references.compute_once([data, held_out], run.note)
         model = build_model(config, source, tokenizer, run.mesh, run.resume_from)
         optimizer = build_optimizer(model, config, data.total_steps, run.mesh)

@@ -89,6 +89,12 @@ class References:
         self._precision: Callable[[], AbstractContextManager] = nullcontext
 
     @property
+    def computes_along(self) -> Source | None:
+        """The model whose forward pass belongs to every step; None where there is none, or it was computed before."""
+        along = self.config.loss.needs_reference and not self.config.reference.precompute
+        return self._source if along else None
+
+    @property
     def fingerprint(self) -> str | None:
         """Changes with what is compared with; None where nothing is."""
         if not self.config.loss.needs_reference:

@@ -33,7 +33,7 @@ Key = TypeVar("Key", bound=tuple)
 
 
 class Metric(NamedTuple):
-    """Something to log: its sum over a micro-batch, and the unit it is averaged over."""
+    """Something to log: its sum over a micro-batch, and the unit it is averaged over; left out of a step that has none of them."""
 
     sum: Tensor
     unit: str
@@ -97,7 +97,10 @@ def train_step(
     def mean_loss(hidden: Tensor, batch: Batch) -> Tensor:
         terms = []
         for name, pair in loss_fn(model.head, hidden, batch).items():
-            value, is_term = pair[0] / max(counts[pair[1]], 1), not isinstance(pair, Metric)
+            is_term, count = not isinstance(pair, Metric), counts[pair[1]]
+            if not count and not is_term:
+                continue  # a mean over nothing is no number
+            value = pair[0] / max(count, 1)
             sums[name, is_term] = sums.get((name, is_term), 0.0) + value.detach()
             if is_term:
                 terms.append(value)
@@ -202,7 +205,11 @@ def validation_means(
     totals = _sum_over_ranks(sums, mesh)
     names = sorted(counts)
     over_all = dict(zip(names, mesh.sum([counts[name] for name in names])))
-    means = {(name, is_term): total / max(over_all[unit], 1) for (name, unit, is_term), total in totals.items()}
+    means = {
+        (name, is_term): total / max(over_all[unit], 1)
+        for (name, unit, is_term), total in totals.items()
+        if is_term or over_all[unit]
+    }
     terms = {name: mean for (name, is_term), mean in means.items() if is_term}
     metrics = {name: mean for (name, is_term), mean in means.items() if not is_term}
     return {"loss": sum(terms.values())} | (terms if len(terms) > 1 else {}) | metrics
