@@ -59,6 +59,10 @@ def _by_block(
     keys, values = pool.keys[layer], pool.values[layer]
     batch, tokens, grouped = steps.rows, steps.tokens, keys.shape[1]
     queries = (q.view(batch, tokens, grouped, -1, q.shape[-1]).permute(0, 2, 3, 1, 4) * scale).to(keys.dtype)
+    if batch == len(steps.groups) == 1 and softcap is None:
+        (group,), (mask,) = steps.groups, steps.masks(window)
+        output = _alone(queries[0], keys[group.blocks], values[group.blocks], mask)
+        return output.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
     shape = queries.shape[1:-1]  # G, R, T
     nobody = queries.new_zeros(1, *queries.shape[1:])
     queries = torch.cat([queries, nobody])
@@ -84,3 +88,11 @@ def _by_block(
         output.index_add_(0, group.owners, seen)
     output = (output / total[..., None].clamp_min_(torch.finfo(torch.float32).tiny))[:batch]
     return output.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1).to(q.dtype)
+
+
+def _alone(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """The same for one sequence, whose softmax needs no bringing together: q (G, R, T, K), keys and values (n, G, S, K) -> (G, R, T, K)."""
+    scores = q.flatten(1, 2) @ keys.transpose(-1, -2)  # (n, G, R * T, S)
+    scores = scores.float().view(len(keys), *q.shape[:-1], -1) + mask[:, :, 0]
+    seen = scores.movedim(0, -2).flatten(-2).softmax(-1).view(*q.shape[:-1], len(keys), -1).movedim(-2, 0)
+    return (seen.flatten(2, 3).to(values.dtype) @ values).sum(0).float().view_as(q)
