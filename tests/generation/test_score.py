@@ -38,7 +38,9 @@ def test_scores_equal_transformers(case):
             assert scored.log_probs == pytest.approx(values.tolist(), abs=1e-4)
             assert scored.is_greedy == is_greedy
             assert scored.log_prob == pytest.approx(values.sum().item(), abs=5e-4)
-    assert found[6].is_greedy and not found[0].is_greedy and model.training
+    if not model.config.depends_on_length:  # or a longer text has other frequencies than those it was written with
+        assert found[6].is_greedy
+    assert not found[0].is_greedy and model.training
 
 
 def test_nothing_to_score():
