@@ -53,6 +53,11 @@ RECIPES = {
             "Models that score: rewards from preferred answers, classes of texts, steps of an answer.",
         ),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
+        _recipe(
+            "evaluate",
+            "Evaluate",
+            "Evaluation: scores on tasks of lm-evaluation-harness, perplexity of texts, models side by side.",
+        ),
         _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
     )
 }
@@ -61,7 +66,6 @@ LATER_RECIPES = {
     "ppo": "PPO",
     "grpo": "GRPO",
     "quantize": "quantization for inference",
-    "evaluate": "evaluation",
 }
 
 LATER_OVERLAYS = {

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from tunesmith import hub
 from tunesmith.configs.generate import Generate
 from tunesmith.configs.generate import Prompt as ChatPrompt
 from tunesmith.data.tokenizer import find_tokenizer
@@ -24,7 +23,7 @@ from tunesmith.errors import UserError
 from tunesmith.generation.completions import Completion, Prompt, generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.parallel.device import pick_device, supports_bf16
-from tunesmith.training.build import DTYPES, load_model
+from tunesmith.training.build import DTYPES, load_model, tokenizer_folder
 from tunesmith.training.preflight import check
 
 
@@ -45,7 +44,7 @@ def main(config: Generate) -> None:
     # A model without a template is taken for one that continues text, unless a chat is asked for.
     is_chat = config.chat or any(isinstance(prompt, ChatPrompt) for prompt in prompts)
     templates = model.family.chat_templates if is_chat else ()
-    tokenizer = find_tokenizer(config.tokenizer, _tokenizer_folder(config), templates)
+    tokenizer = find_tokenizer(config.tokenizer, tokenizer_folder(config.model, config.adapter), templates)
 
     streams = (
         config.stream if config.stream is not None else len(prompts) * config.num_samples == 1 and sys.stdout.isatty()
@@ -100,17 +99,6 @@ def read_prompts(config: Generate) -> list[str | ChatPrompt]:
     if not prompts:
         raise UserError("`prompt` is an empty list: write at least one")
     return prompts
-
-
-def _tokenizer_folder(config: Generate) -> Path:
-    """An adapter made here brings its tokenizer; others are used with their base's."""
-    model = hub.resolve(config.model)
-    adapter = hub.resolve(config.adapter, what="adapter") if config.adapter else model
-    if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return adapter
-    if (model / "adapter_config.json").is_file() and not (model / "config.json").is_file():
-        return hub.resolve(hub.read_json(model / "adapter_config.json")["base_model_name_or_path"])
-    return model
 
 
 def _messages(prompt: ChatPrompt) -> Prompt:
