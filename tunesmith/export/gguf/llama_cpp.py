@@ -45,12 +45,13 @@ def check_file(
     placed: list[Placed],
     stored: dict[str, Any],
     type: str,
+    context: int,
     tolerance: float | None,
 ) -> tuple[list[Check], list[str]]:
-    """The checks that llama.cpp passed, and what to tell of them; where its binding is not installed, that. Raises UserError where one fails."""
+    """The checks that llama.cpp passed on texts of up to `context` tokens, and what to tell of them; where its binding is not installed, that. Raises UserError where one fails."""
     if importlib.util.find_spec("llama_cpp") is None:
         return [], ["llama.cpp's binding is not installed, so the file was not run: pip install 'tunesmith[llama]'"]
-    ids = probe_ids(source.config.vocab_size)[0].tolist()
+    ids = probe_ids(source.config.vocab_size)[0, :context].tolist()
     tokens, theirs = ask(path, TEXTS, ids, source.config.vocab_size)
     for text, own in zip(TEXTS, tokens, strict=True):
         ours = tokenizer.encode(text)
@@ -58,7 +59,7 @@ def check_file(
             raise UserError(
                 f"llama.cpp cuts {text!r} into other tokens than the tokenizer ({own} instead of {ours}): nothing was written; report it"
             )
-    ours = probe_logits(model_of(source, placed, stored))[0]
+    ours = probe_logits(model_of(source, placed, stored))[0, :context]
     difference = ((theirs - ours).abs().max() / ours.abs().max().clamp_min(1e-30)).item()
     allowed = tolerance or TOLERANCES.get(type, QUANTIZED_TOLERANCE)
     return [Check("llama.cpp", "logits", difference, allowed)], [

@@ -55,7 +55,10 @@ def export_gguf(source: Source, folder: Path, config: Export) -> Exported:
         Check(f"the gguf package ({kind})", "weights", difference, config.tolerance or TOLERANCES[kind])
         for kind, difference in differences(made, stored).items()
     ]
-    more, notes = llama_cpp.check_file(path, source, plan.tokenizer, placed, stored, settings.type, config.tolerance)
+    context, _ = context_length(plan.architecture, source.config)
+    more, notes = llama_cpp.check_file(
+        path, source, plan.tokenizer, placed, stored, settings.type, context, config.tolerance
+    )
     return Exported(checks + more, [*_notes(source, plan, placed), *notes])
 
 
@@ -125,7 +128,12 @@ def _notes(source: Source, plan: Plan, placed: list[Placed]) -> list[str]:
     length, reason = context_length(plan.architecture, source.config)
     if reason:
         notes.append(
-            f"the file says that the context is {length} tokens: {reason}, so beyond it would not compute this model"
+            f"the file says that the context is {length} tokens: {reason}, so that beyond them it would compute something else"
+        )
+    if source.config.rope.kind == "longrope":
+        original = source.config.rope.original_max_position_embeddings
+        notes.append(
+            f"llama.cpp stretches the positions of short texts, too, as soon as it is run with a context above {original} tokens"
         )
     odd = [
         one.gguf for one in placed if len(one.shape) > 1 and type_of(one, plan.type).name not in (plan.type.upper(),)
