@@ -17,9 +17,8 @@ from tunesmith.data.tokenizer_files import LLAMA3_PATTERN, QWEN_PATTERN
 from tunesmith.errors import UserError
 from tunesmith.export.gguf.architecture import ARCHITECTURES
 from tunesmith.export.gguf.llama_cpp import model_of as model_from
-from tunesmith.export.gguf.tensors import place
+from tunesmith.export.gguf.tensors import place, read_file
 from tunesmith.export.gguf.tokenizer import add_tokenizer, read_vocabulary
-from tunesmith.export.gguf.write import read_file
 from tunesmith.export.source import find_source
 from tunesmith.generation.engine import generate_completions
 from tunesmith.generation.sampling import Sampling
@@ -99,7 +98,7 @@ def test_families(case, tmp_path, capsys):
     context = SHORTER.get(case)
     assert context is None or said[f"{name}.context_length"] == context
     assert ("beyond them it would compute something else" in printed) == (context is not None)
-    assert {tensor.tensor_type.name for tensor in read_file(path).values()} == {"F32"}
+    assert {tensor.kind.name for tensor in read_file(path).values()} == {"F32"}
     pytest.importorskip("llama_cpp")
     assert "read back by llama.cpp: largest difference of the logits" in printed
     prompt = [1, 70, 33, 80] * (5 if case == "phi3 longrope long" else 1)  # it stretches short texts, too
@@ -122,7 +121,7 @@ def test_number_types(case, type, tmp_path, capsys):
     folder = model_of(tmp_path / "model", case)
     path, said = export(folder, tmp_path / "out", type)
     assert f"read back by the gguf package ({type.upper()})" in capsys.readouterr().out
-    kinds = {name: tensor.tensor_type.name for name, tensor in read_file(path).items()}
+    kinds = {name: tensor.kind.name for name, tensor in read_file(path).items()}
     assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
     assert {kind for name, kind in kinds.items() if "norm" not in name} == {type.upper()}
     assert said["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{type.upper()}"]
@@ -141,7 +140,7 @@ def test_number_types(case, type, tmp_path, capsys):
 def test_rows_that_are_no_whole_blocks(tmp_path, capsys):
     folder = repository(tmp_path / "model", "llama", intermediate_size=80)
     path, _ = export(folder, tmp_path / "out", "q8_0")
-    kinds = {name: tensor.tensor_type.name for name, tensor in read_file(path).items()}
+    kinds = {name: tensor.kind.name for name, tensor in read_file(path).items()}
     assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q8_0"
     said = capsys.readouterr().out
     assert (
@@ -219,7 +218,7 @@ def test_adapters_are_merged(tmp_path):
     path, _ = export(adapter, tmp_path / "out")
     merged = load_model(adapter).get_submodule("model.layers.0.mlp.up_proj").merged_weight()
     stored = read_file(path)["blk.0.ffn_up.weight"]
-    torch.testing.assert_close(torch.from_numpy(stored.data.copy()), merged, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(stored.dense(), merged, rtol=1e-6, atol=1e-7)
 
 
 def test_mistakes(tmp_path):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from tunesmith.checkpoint.streamed import stream_weights
 from tunesmith.checkpoint.tensor_files import HeldTensor
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
-from tunesmith.export.gguf.tensors import Placed, dense
+from tunesmith.export.gguf.tensors import Placed, Written
 from tunesmith.export.result import Check
 from tunesmith.export.source import Source
 from tunesmith.models.decoder import CausalLM, build
@@ -43,7 +42,7 @@ def check_file(
     source: Source,
     tokenizer: Tokenizer,
     placed: list[Placed],
-    stored: dict[str, Any],
+    stored: dict[str, Written],
     type: str,
     context: int,
     tolerance: float | None,
@@ -87,7 +86,7 @@ def ask(
     return found["tokens"], torch.from_numpy(logits.copy())
 
 
-def model_of(source: Source, placed: list[Placed], stored: dict[str, Any]) -> CausalLM:
+def model_of(source: Source, placed: list[Placed], stored: dict[str, Written]) -> CausalLM:
     """Our own model of the file, in float32: each weight is read from it when it is needed."""
     own_head = any(one.name == "lm_head.weight" for one in placed)
     hf_config = {**source.hf_config, "tie_word_embeddings": not own_head}
@@ -96,7 +95,7 @@ def model_of(source: Source, placed: list[Placed], stored: dict[str, Any]) -> Ca
 
     def held(one: Placed) -> HeldTensor:
         return HeldTensor(
-            Path(one.gguf), one.name, torch.float32, torch.Size(one.shape), lambda: one.back(dense(stored[one.gguf]))
+            Path(one.gguf), one.name, torch.float32, torch.Size(one.shape), lambda: one.back(stored[one.gguf].dense())
         )
 
     stream_weights(model, {one.name: held(one) for one in placed})

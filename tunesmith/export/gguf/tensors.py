@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,27 +141,50 @@ def rounded(values: Tensor, kind: Any) -> np.ndarray:
         return quantize(values.contiguous().numpy(), kind)
 
 
-def dense(stored: Any) -> Tensor:
-    """The float32 values of a tensor that the `gguf` package has read."""
-    from gguf.quants import dequantize
+@dataclass(frozen=True)
+class Written:
+    """A tensor in a GGUF file, not read yet."""
 
-    shape = tuple(int(size) for size in reversed(stored.shape))
-    return torch.from_numpy(np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32)).view(shape)
+    path: Path
+    shape: tuple[int, ...]
+    kind: Any
+    start: int
+    """Of its bytes in the file."""
+    size: int
+
+    def dense(self) -> Tensor:
+        """Its float32 values. They are read, not mapped: pages of a mapped file would stay for as long as the machine sees fit."""
+        from gguf.quants import dequantize
+
+        shape, dtype = stored_shape(self.shape, self.kind)
+        stored = np.fromfile(self.path, np.uint8, self.size, offset=self.start).view(dtype).reshape(shape)
+        return torch.from_numpy(dequantize(stored, self.kind).astype(np.float32, copy=False)).view(self.shape)
 
 
-def differences(written: Iterable[tuple[Placed, Callable[[], Tensor]]], stored: dict[str, Any]) -> dict[str, float]:
+def read_file(path: Path) -> dict[str, Written]:
+    """{name: tensor} of a GGUF file, as the `gguf` package finds them."""
+    from gguf import GGUFReader
+
+    def found(tensor: Any) -> Written:
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        return Written(path, shape, tensor.tensor_type, int(tensor.data_offset), int(tensor.n_bytes))
+
+    return {tensor.name: found(tensor) for tensor in GGUFReader(path).tensors}
+
+
+def differences(written: Iterable[tuple[Placed, Callable[[], Tensor]]], stored: dict[str, Written]) -> dict[str, float]:
     """{number type: the largest difference of a tensor in the file from the model's, relative to the tensor's largest value}.
 
-    written: each parameter and what makes its values anew; stored: {name: what the `gguf` package read}, all of which must be named.
+    written: each parameter and what makes its values anew; stored: {name: tensor of the file}, all of which must be named.
     Raises UserError for a tensor that lacks or has another shape.
     """
     found: dict[str, float] = {}
     for one, make in written:
-        if one.gguf not in stored or tuple(reversed(stored[one.gguf].shape)) != one.shape:
+        if one.gguf not in stored or stored[one.gguf].shape != one.shape:
             raise UserError(
                 f"the file lacks {one.gguf}, or holds it in another shape: export again, and if that doesn't help report it"
             )
-        ours, kind = one.there(make().float()), stored[one.gguf].tensor_type.name
-        difference = ((dense(stored[one.gguf]) - ours).abs().max() / ours.abs().max().clamp_min(1e-30)).item()
+        ours, kind = one.there(make().float()), stored[one.gguf].kind.name
+        difference = ((stored[one.gguf].dense() - ours).abs().max() / ours.abs().max().clamp_min(1e-30)).item()
         found[kind] = difference if difference != difference else max(found.get(kind, 0.0), difference)
     return found

@@ -15,7 +15,16 @@ from tunesmith.data.tokenizer import Tokenizer, find_tokenizer
 from tunesmith.errors import require
 from tunesmith.export.gguf import llama_cpp
 from tunesmith.export.gguf.architecture import Architecture, add_rope, add_shape, context_length, find_architecture
-from tunesmith.export.gguf.tensors import TOLERANCES, Placed, differences, place, rounded, stored_shape, type_of
+from tunesmith.export.gguf.tensors import (
+    TOLERANCES,
+    Placed,
+    differences,
+    place,
+    read_file,
+    rounded,
+    stored_shape,
+    type_of,
+)
 from tunesmith.export.gguf.tokenizer import Vocabulary, add_tokenizer, read_vocabulary
 from tunesmith.export.result import Check, Exported
 from tunesmith.export.source import Source
@@ -103,13 +112,6 @@ def write_file(path: Path, source: Source, plan: Plan, placed: list[Placed], wei
                 )
         finally:
             writer.close()
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """{name: tensor, mapped} as the `gguf` package reads them."""
-    from gguf import GGUFReader
-
-    return {tensor.name: tensor for tensor in GGUFReader(path).tensors}
 
 
 def file_stem(name: str) -> str:
