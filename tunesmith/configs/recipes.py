@@ -58,7 +58,9 @@ RECIPES = {
             "Evaluate",
             "Evaluation: scores on tasks of lm-evaluation-harness, perplexity of texts, models side by side.",
         ),
-        _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
+        _recipe(
+            "export", "Export", "Export: a model for other programs: merged, as an adapter, as GGUF for llama.cpp."
+        ),
     )
 }
 
