@@ -52,27 +52,27 @@ def write_quantized(
     scheme: Scheme,
     dtype: torch.dtype,
     max_shard_size: float = MAX_SHARD_SIZE,
-    calibrated: Mapping[str, Quantized] | None = None,
+    chosen: Mapping[str, Quantized] | None = None,
 ) -> Written:
     """Write `model`, adapters merged, with its `quantizable_layers` quantized and the rest in `dtype`. Raises UserError for a full disk.
 
     Weights are first rounded to `dtype`, the number type that the model is to compute in.
-    calibrated: {layer: what its weight is to be}; others are rounded to nearest.
+    chosen: {layer: what its weight is to be}; others are rounded to nearest.
     """
     names = quantizable_layers(model, scheme)
     operators = getattr(model, "weights", ())
-    chosen = {file_name(operators, f"{name}.weight"): name for name in names}
+    layers = {file_name(operators, f"{name}.weight"): name for name in names}
     plain = outgoing_weights(model, dtype)
     tensors: dict[str, Outgoing] = {}
     parts: dict[str, dict[str, Outgoing]] = {}
     for name, one in plain.items():
-        if name in chosen:
-            parts[name] = dict(_parts(name, one, scheme, (calibrated or {}).get(chosen[name])))
+        if name in layers:
+            parts[name] = dict(_parts(name, one, scheme, (chosen or {}).get(layers[name])))
         tensors |= parts.get(name, {name: one})
     config = saved_config(model, dtype) | {"quantization_config": _config(model, scheme, dtype, names)}
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = None if scheme.type == "nf4" else _metadata(plain, chosen, scheme, dtype)
+        metadata = None if scheme.type == "nf4" else _metadata(plain, layers, scheme, dtype)
         digests = write_tensors(tensors, folder, "model", max_shard_size, metadata=metadata)
         digests["config.json"] = write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     quantized = [one for some in parts.values() for one in some.values()]
@@ -82,7 +82,7 @@ def write_quantized(
         size=_size(tensors.values()),
         layers=tuple(names),
         quantized_size=_size(quantized),
-        quantized_count=sum(plain[name].shape.numel() for name in chosen),
+        quantized_count=sum(plain[name].shape.numel() for name in layers),
     )
 
 
@@ -95,7 +95,7 @@ def _config(model: CausalLM, scheme: Scheme, dtype: torch.dtype, names: Collecti
     return scheme.to_config([model.head_name, *left_out], str(dtype).removeprefix("torch."))
 
 
-def _parts(name: str, one: Outgoing, scheme: Scheme, calibrated: Quantized | None) -> Iterator[tuple[str, Outgoing]]:
+def _parts(name: str, one: Outgoing, scheme: Scheme, chosen: Quantized | None) -> Iterator[tuple[str, Outgoing]]:
     """What the weight `one` is written as."""
     if scheme.type == "nf4":
         yield from bitsandbytes.quantized_parts(name, one)
@@ -104,7 +104,7 @@ def _parts(name: str, one: Outgoing, scheme: Scheme, calibrated: Quantized | Non
     groups = torch.Size((one.shape[0], one.shape[1] // (scheme.group_size or one.shape[1])))
 
     def quantized() -> Quantized:
-        return calibrated or kind.quantize(one.own(), scheme)
+        return chosen or kind.quantize(one.own(), scheme)
 
     make = {QDATA: lambda: quantized()[0], SCALE: lambda: quantized()[1]}
     for part, dtype in kind.types(one.dtype).items():
@@ -113,12 +113,12 @@ def _parts(name: str, one: Outgoing, scheme: Scheme, calibrated: Quantized | Non
 
 
 def _metadata(
-    plain: Mapping[str, Outgoing], chosen: Collection[str], scheme: Scheme, dtype: torch.dtype
+    plain: Mapping[str, Outgoing], layers: Collection[str], scheme: Scheme, dtype: torch.dtype
 ) -> dict[str, str]:
     """What every file's header says: of each tensor of the model what it is, in torchao's words."""
     metadata = {"tensor_names": json.dumps(list(plain))}
     for name, one in plain.items():
-        metadata[name] = json.dumps(_described(scheme, dtype, one.shape) if name in chosen else {"_type": "Tensor"})
+        metadata[name] = json.dumps(_described(scheme, dtype, one.shape) if name in layers else {"_type": "Tensor"})
     return metadata
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -71,26 +72,25 @@ def merged_linear(layer: nn.Linear) -> nn.Linear:
     return plain
 
 
-class RoundedLinear(nn.Module):
-    """Computes what the quantized form of a linear layer does, which it makes anew at each use: one is in memory at a time."""
-
-    def __init__(self, layer: nn.Linear, scheme: Scheme):
-        super().__init__()
-        self._layer, self._scheme = (layer,), scheme  # no module of its own, so that names stay what they are
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, I) -> (…, O)."""
-        return quantize_layer(merged_linear(self._layer[0]), self._scheme)(input)
-
-
 @contextmanager
-def rounded(model: nn.Module, scheme: Scheme, names: Collection[str]) -> Iterator[None]:
-    """Within it the layers of these names compute with rounded numbers; their weights stay as they are."""
-    layers = {name: model.get_submodule(name) for name in names}
-    for name, layer in layers.items():
-        replace_module(model, name, RoundedLinear(layer, scheme))  # type: ignore[arg-type]
+def rounded(
+    model: nn.Module, scheme: Scheme, chosen: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> Iterator[None]:
+    """Within it the `quantizable_layers` of `model` compute what their quantized form does, which is made anew at each use: one is in memory at a time.
+
+    chosen: {layer: levels and scales}; others are rounded to nearest. The weights stay as they are.
+    """
+    layers = linear_layers(model)
+    names = quantizable_layers(model, scheme)
+    for name in names:
+        layers[name].__dict__["forward"] = partial(_rounded, layers[name], scheme, (chosen or {}).get(name))
     try:
         yield
     finally:
-        for name, layer in layers.items():
-            replace_module(model, name, layer)
+        for name in names:
+            del layers[name].__dict__["forward"]
+
+
+def _rounded(layer: nn.Linear, scheme: Scheme, quantized: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor:
+    here = None if quantized is None else (quantized[0].to(x.device), quantized[1].to(x.device))
+    return quantize_layer(merged_linear(layer), scheme, here)(x)
