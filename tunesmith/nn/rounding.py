@@ -35,7 +35,7 @@ def apply_quantized(model: nn.Module, layers: Mapping[str, Collection[str]], sch
     for name, parts in layers.items():
         if name not in known:
             raise UserError(f"{name} is quantized in the files, and is no linear layer of the model: only those can be")
-        if not scheme.fits(known[name].in_features):
+        if scheme.group_size and not scheme.fits(known[name].in_features):
             raise UserError(
                 f"the {known[name].in_features} inputs of {name} are no whole groups of {scheme.group_size}"
             )

@@ -35,6 +35,7 @@ INTEGER_TYPES = ("int8_dynamic_int4", "int4_weight_only")
 """What training can round for."""
 
 DEFAULT_GROUP_SIZE = 32
+NF4_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,18 @@ class Scheme:
     def rounds_inputs(self) -> bool:
         return self.kind.rounds_inputs
 
+    @property
+    def multiple(self) -> int:
+        """What the inputs of a layer must be a multiple of to be quantized.
+
+        For NF4 the size of its blocks, which else go on from one output to the next: with such ones bitsandbytes (0.50) computes wrong
+        products on a CPU. They are read all the same.
+        """
+        return self.group_size or (NF4_BLOCK if self.type == "nf4" else 1)
+
     def fits(self, inputs: int) -> bool:
         """Whether so many inputs are whole groups."""
-        return self.group_size is None or inputs % self.group_size == 0
+        return inputs % self.multiple == 0
 
     def __str__(self) -> str:
         return self.type if self.group_size is None else f"{self.type}, groups of {self.group_size}"

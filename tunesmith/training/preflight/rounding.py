@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,14 @@ def rounding_problems(config: Any, notes: list[str]) -> Iterator[str]:
         yield str(error)
 
 
+def _of_blocks(scheme: Scheme, layers: Mapping[str, tuple[int, bool]]) -> str:
+    named = ", ".join(f"{name} ({inputs})" for name, (inputs, _) in layers.items() if not scheme.fits(inputs))
+    return (
+        f"`scheme.type: {scheme.type}` has blocks of {scheme.multiple}, which do not divide the inputs of {named}, and bitsandbytes computes "
+        "wrong products of such layers on a CPU: leave them as they are with `scheme.skip_indivisible: true`, or take an int8 scheme"
+    )
+
+
 def _weights_folder(config: Any) -> Path | None:
     """The folder with the model's config.json, the base's for an adapter; None where it isn't here."""
     folder = follow_latest(Path(config.model).expanduser())
@@ -53,8 +61,8 @@ def check_roundable(config: Any, hf_config: dict[str, Any], family: Family, shap
         )
     scheme = Scheme(config.scheme.type, config.scheme.group_size)
     layers = family.linear_inputs(shape)
-    if scheme.group_size and (problem := uneven_problem("scheme", config.scheme, scheme.group_size, layers)):
-        raise UserError(problem)
+    if problem := uneven_problem("scheme", config.scheme, scheme.multiple, layers):
+        raise UserError(problem if scheme.group_size else _of_blocks(scheme, layers))
     for option in ("calibration", "perplexity"):
         longest = getattr(config, option).max_seq_len
         if reads_text and longest is not None and longest > shape.context_length:
