@@ -303,9 +303,10 @@ def stream_model(
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
     base: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> CausalLM:
     """As `load_model`, but the weights stay in their files (see `checkpoint.streamed`): for models to be computed with a few times, and written."""
-    found = _construct(path, None, adapter, base, quantize_base=False)
+    found = _construct(path, dtype, adapter, base, quantize_base=False)
     model, place = found.model, pick_device(str(device))
     stream_weights(model, stored_weights(model, found.folder, model.family, found.brought), place)
     with weights_here(model.model.embed_tokens), weights_here(model.head):  # an adapter may bring a copy of them
