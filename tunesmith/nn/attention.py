@@ -78,8 +78,8 @@ class Attention(nn.Module):
         """(B, T, D) -> queries (B, T, H*K), keys and values (B, T, G*K)."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x: Tensor, sight: Sight) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def qkv(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> queries (B, T, H, K), keys and values (B, T, G, K), normed where they are, and rotated."""
         q, k, v = self.project(x)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -88,6 +88,11 @@ class Attention(nn.Module):
         if self.qk_norm == "per_head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(part, *sight.cos_sin[self.local]) for part in (q, k))
+        return q, k, v
+
+    def forward(self, x: Tensor, sight: Sight) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        q, k, v = self.qkv(x, sight)
         if sight.cache is None:
             y = attend(q, k, v, sight, self.window, self.scale, self.softcap)
         else:
