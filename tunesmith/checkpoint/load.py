@@ -147,7 +147,25 @@ def load_weights(
 
     Raises UserError, naming file and tensor, for files that are missing or broken, shapes that differ, and tensors that lack or are left over.
     """
-    folder = Path(folder)
+    targets, stored = _matched(model, Path(folder), family, new_rows_from, without)
+    place = torch.device(device)
+    busy: list[str] = []
+    for name, target in targets.items():
+        if _is_mapped(target, stored[name], place):
+            _replace(target, stored[name].tensor())
+        else:
+            busy.append(name)
+    busy.sort(key=lambda name: -targets[name].shape.numel())  # large ones first, so that all threads end together
+    # A few threads hide the disk, and the making of fresh memory, behind the copying.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda name: _load_one(targets[name], stored[name], place), busy):
+            pass
+
+
+def _matched(
+    model: CausalLM, folder: Path, family: Family | None, new_rows_from: int | None, without: str | None
+) -> tuple[dict[str, _Target], dict[str, StoredTensor]]:
+    """{parameter: its place} and {parameter: its tensor in the files} of all that `load_weights` would load, names and shapes checked."""
     targets = {
         name: target for name, target in _targets(model).items() if without is None or not name.startswith(without)
     }
@@ -168,19 +186,14 @@ def load_weights(
     _check_names(folder, sorted(targets.keys() - stored.keys()), unexpected)
     for name, target in targets.items():
         _check_shape(name, target, stored[name], new_rows_from)
+    return targets, stored
 
-    place = torch.device(device)
-    busy = []
-    for name, target in targets.items():
-        if _is_mapped(target, stored[name], place):
-            _replace(target, stored[name].tensor())
-        else:
-            busy.append(name)
-    busy.sort(key=lambda name: -targets[name].shape.numel())  # large ones first, so that all threads end together
-    # A few threads hide the disk, and the making of fresh memory, behind the copying.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda name: _load_one(targets[name], stored[name], place), busy):
-            pass
+
+def stored_weights(
+    model: CausalLM, folder: str | Path, family: Family | None = None, without: str | None = None
+) -> dict[str, StoredTensor]:
+    """{parameter of `model`: its tensor in `folder`, not read yet}; the arguments and errors are those of `load_weights`."""
+    return _matched(model, Path(folder), family, None, without)[1]
 
 
 def _is_mapped(target: _Target, stored: StoredTensor, device: torch.device) -> bool:

@@ -53,7 +53,9 @@ RECIPES = {
             "Models that score: rewards from preferred answers, classes of texts, steps of an answer.",
         ),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
-        _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
+        _recipe(
+            "export", "Export", "Export: a model for other programs: merged, as an adapter, as GGUF for llama.cpp."
+        ),
     )
 }
 
