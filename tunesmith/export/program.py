@@ -135,7 +135,9 @@ def with_attention(layer: nn.Module, attention: nn.Module) -> nn.Module:
 def attend_slots(attention: Attention, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """Queries (B, T, H, K) to keys and values (B, G, S, K), mask (B or 1, 1, T, S) bool -> the layer's output (B, T, D)."""
     if attention.softcap is not None:
-        return attend_in_groups(attention, q, keys, values, added(mask, attention.num_heads // attention.num_key_value_heads))
+        return attend_in_groups(
+            attention, q, keys, values, added(mask, attention.num_heads // attention.num_key_value_heads)
+        )
     grouped = attention.num_heads != attention.num_key_value_heads
     q = q.transpose(1, 2)
     y = F.scaled_dot_product_attention(q, keys, values, mask, scale=attention.scale, enable_gqa=grouped)

@@ -1,7 +1,7 @@
 """A torch.export program (.pt2): loaded and called with PyTorch alone, from Python, or compiled by AOTInductor.
 
-    program = torch.export.load("out/model.pt2").module()
-    logits = program(torch.tensor([[1, 2, 3]]), torch.tensor([0]))       tokens, and the position of the first
+program = torch.export.load("out/model.pt2").module()
+logits = program(torch.tensor([[1, 2, 3]]), torch.tensor([0]))       tokens, and the position of the first
 """
 
 from __future__ import annotations
