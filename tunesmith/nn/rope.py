@@ -33,6 +33,10 @@ class Rotary:
             frequencies = each[which.to(positions.device)][None]
         else:
             frequencies = self.frequencies(positions.device, length)
+        return self.cos_sin(positions, frequencies)
+
+    def cos_sin(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for given frequencies (R/2,), or of each row (B, 1, R/2)."""
         angles = positions[..., None].float() * frequencies
         cos, sin = (angles.cos() * self.factor)[:, :, None], (angles.sin() * self.factor)[:, :, None]
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
