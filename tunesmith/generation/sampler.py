@@ -20,10 +20,10 @@ _FIRST, _FACTOR = 512, 16
 _BLOCK = 256
 
 
-def seen_in(prompt: Sequence[int], vocab_size: int) -> Tensor:
-    """(V,) int32, the row of `seen` that a sequence starts with; add 1 for each token that is generated."""
-    row = torch.zeros(vocab_size, dtype=torch.int32)
-    row[list(prompt)] = IN_PROMPT
+def seen_in(prompt: Sequence[int], vocab_size: int, generated: Sequence[int] = ()) -> Tensor:
+    """(V,) int32, the row of `seen` of a sequence; 1 is added for each token that is generated."""
+    row = torch.bincount(torch.tensor([*generated], dtype=torch.long), minlength=vocab_size).int()
+    row[list(prompt)] += IN_PROMPT
     return row
 
 

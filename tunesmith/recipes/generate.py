@@ -22,8 +22,8 @@ from tunesmith.configs.generate import Generate
 from tunesmith.configs.generate import Prompt as ChatPrompt
 from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.errors import UserError
+from tunesmith.generation.completions import Completion, Prompt, generate_completions
 from tunesmith.generation.constraints import Constraint
-from tunesmith.generation.engine import Completion, Prompt, generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.training.build import DTYPES, load_model
