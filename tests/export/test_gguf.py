@@ -20,7 +20,7 @@ from tunesmith.export.gguf.llama_cpp import model_of as model_from
 from tunesmith.export.gguf.tensors import place, read_file
 from tunesmith.export.gguf.tokenizer import add_tokenizer, read_vocabulary
 from tunesmith.export.source import find_source
-from tunesmith.generation.engine import generate_completions
+from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.training.build import load_model
 

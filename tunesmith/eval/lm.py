@@ -16,7 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
-from tunesmith.generation.engine import Completion, generate_completions
+from tunesmith.generation.completions import Completion, generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.score import score
 from tunesmith.models.decoder import CausalLM
