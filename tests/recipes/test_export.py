@@ -70,7 +70,7 @@ def test_adapter_is_merged_into_the_unquantized_base(base, tmp_path, capsys, use
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"from": "base"}'
     assert not list(tmp_path.glob(".*partial"))
     printed = capsys.readouterr().out
-    assert "merging 14 adapter layers" in printed and "read back, its logits differ" in printed
+    assert "merging 14 adapter layers" in printed and "largest difference of the logits" in printed
 
 
 def test_tokenizer_saved_with_the_adapter_is_preferred(base, tmp_path):
@@ -124,7 +124,7 @@ def test_adapter_that_changes_nothing(base, tmp_path):
 
 
 def test_a_difference_above_the_tolerance(base, tmp_path):
-    with pytest.raises(UserError, match="gives other logits than the model in memory"):
+    with pytest.raises(UserError, match="the logits differ from the model's by"):
         run(base, tmp_path / "out", dtype="bf16", tolerance=1e-6)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial"))
 
@@ -147,20 +147,6 @@ def test_mistakes(base, tmp_path):
     with pytest.raises(UserError, match="doesn't name its base: set `base`"):
         run(adapter, tmp_path / "out")
     run(adapter, tmp_path / "out", base=str(base))
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [("5GB", 5e9), ("500MB", 5e8), ("1.5 gb", 1.5e9), ("20KB", 2e4), ("100", 100), ("2GiB", 2 * 2**30)],
-)
-def test_sizes(text, expected):
-    assert export.parse_size(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GB", "0GB", "five", "-1GB"])
-def test_no_sizes(text):
-    with pytest.raises(UserError, match="max_shard_size"):
-        export.parse_size(text)
 
 
 def test_real_model(assets, tmp_path):

@@ -6,16 +6,15 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunesmith.checkpoint.load import load_weights, prepare_quantized, read_model_config, stated_dtype
+from tunesmith.checkpoint.load import prepare_quantized, read_model_config, stated_dtype, stored_weights
+from tunesmith.checkpoint.streamed import stream_weights
 from tunesmith.checkpoint.tensor_files import sha256_of
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM, build
-from tunesmith.nn.head import Head
 from tunesmith.nn.part import let_go
 from tunesmith.parallel.mesh import Ranks
 
@@ -46,12 +45,12 @@ def probe_ids(vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 @torch.no_grad()
-def probe_logits(model: CausalLM, device: torch.device | None = None) -> Tensor:
+def probe_logits(model: CausalLM) -> Tensor:
     """Logits (1, 24, V), float32 on the CPU, of `model` without dropout on the fixed ids."""
     was_training = model.training
     model.eval()
     try:
-        ids = probe_ids(model.config.vocab_size, device or model.model.device)
+        ids = probe_ids(model.config.vocab_size, model.model.device)
         return model.logits(ids).float().cpu()
     finally:
         let_go(model)
@@ -63,7 +62,7 @@ def logits_from_files(
 ) -> Tensor:
     """Logits (1, 24, V) of the repository in `folder` on the fixed ids: config.json and weights are read from the files alone.
 
-    The weights stay in the mapped files (in `dtype`: default, that of config.json); on an accelerator only the layer at work is held.
+    The weights stay in the files, and only the module at work has its own in memory (in `dtype`: default, that of config.json).
     """
     hf_config, family, config = read_model_config(folder)
     before = torch.get_default_dtype()
@@ -74,36 +73,9 @@ def logits_from_files(
     finally:
         torch.set_default_dtype(before)
     prepare_quantized(model, folder)
-    load_weights(model, folder, family)
-    device = torch.device(device)
+    stream_weights(model, stored_weights(model, folder, family), device)
     model.init_buffers(device)
-    if device.type != "cpu":
-        _visit(model, device)
-    return probe_logits(model, device)
-
-
-def _visit(model: CausalLM, device: torch.device) -> None:
-    """Let each module's parameters be on `device` only while it computes."""
-
-    def come(module: nn.Module, _inputs: Any) -> None:
-        owner = _owner(module)
-        module.__dict__["_at_home"] = home = dict(owner._parameters)
-        for leaf, parameter in home.items():
-            if parameter is not None:
-                owner._parameters[leaf] = nn.Parameter(parameter.to(device), requires_grad=False)
-
-    def go(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        _owner(module)._parameters.update(module.__dict__.pop("_at_home"))
-
-    for module in model.modules():
-        if _owner(module)._parameters:
-            module.register_forward_pre_hook(come)
-            module.register_forward_hook(go)
-
-
-def _owner(module: nn.Module) -> nn.Module:
-    """The module that holds the parameters `module` computes with: for a tied head, the embedding."""
-    return module.tied_to if isinstance(module, Head) and module.tied_to is not None else module
+    return probe_logits(model)
 
 
 def check_logits(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> float:

@@ -9,23 +9,25 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.checkpoint.check import TOLERANCES, check_saved, verify
 from tunesmith.checkpoint.load import load_weights, prepare_quantized, read_model_config, stated_dtype
+from tunesmith.checkpoint.streamed import is_streamed, weights_here
 from tunesmith.checkpoint.tensor_files import Outgoing, sha256_of, write_tensors, write_text
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.score import ScoreModel
 from tunesmith.models.weights import file_name
-from tunesmith.nn.int4 import Int4Linear
 from tunesmith.nn.lora import ADAPTER_PARAMETERS, LoRAHead, LoRALayer, check_mergeable, is_adapters
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.nn.quantize import NF4Linear
+from tunesmith.nn.quantized import QuantizedLinear
 from tunesmith.parallel.mesh import Ranks
 
 __all__ = [
@@ -73,7 +75,7 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
             raise UserError(
                 f"{prefix} is held in NF4: a quantized model is not saved as a repository; load it without quantize_base and save that"
             )
-        elif isinstance(module, Int4Linear):
+        elif isinstance(module, QuantizedLinear):
             raise UserError(f"{prefix} is quantized: save the model that it was made from")
         merged = module if isinstance(module, LoRALayer) else None
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -85,6 +87,8 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
             else:
                 beside = model.model.weight_dtype if is_adapters(model, name) else None
                 found[name] = outgoing(parameter, parts[name], speaks(name), dtype or beside)
+                if is_streamed(module) and parameter.is_meta:
+                    found[name] = replace(found[name], make=partial(_when_needed, module, leaf))
         if isinstance(module, LoRAHead) and module.tied_to is not None:
             found[f"{prefix}.weight"] = _merged(module, module.matrix, dtype)
     operators = getattr(model, "weights", ())
@@ -98,8 +102,17 @@ def outgoing(tensor: Tensor, part: Part, speaks: bool, dtype: torch.dtype | None
     )
 
 
+def _when_needed(module: nn.Module, leaf: str) -> Tensor:
+    with weights_here(module):
+        return module.get_parameter(leaf).detach()
+
+
 def _merged(layer: LoRALayer, weight: Tensor, dtype: torch.dtype | None) -> Outgoing:
-    return Outgoing(weight.shape, _written(weight, dtype), layer.merged_weight)
+    def make() -> Tensor:
+        with weights_here(layer):
+            return layer.merged_weight()
+
+    return Outgoing(weight.shape, _written(weight, dtype), make)
 
 
 def _written(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -58,14 +58,20 @@ RECIPES = {
             "Evaluate",
             "Evaluation: scores on tasks of lm-evaluation-harness, perplexity of texts, models side by side.",
         ),
-        _recipe("export", "Export", "Export: merge an adapter into its base, or change dtype and shards."),
+        _recipe(
+            "quantize",
+            "Quantize",
+            "Quantization: round a trained model to 8 or 4 bits, for transformers and tunesmith.",
+        ),
+        _recipe(
+            "export", "Export", "Export: a model for other programs: merged, as an adapter, as GGUF for llama.cpp."
+        ),
     )
 }
 
 LATER_RECIPES = {
     "ppo": "PPO",
     "grpo": "GRPO",
-    "quantize": "quantization for inference",
 }
 
 LATER_OVERLAYS = {

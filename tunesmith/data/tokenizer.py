@@ -121,7 +121,7 @@ class Tokenizer:
         return count
 
     def _forget(self) -> None:
-        for name in ("vocab_size", "special_ids", "stop_ids", "fingerprint"):
+        for name in ("vocab_size", "special_ids", "stop_ids", "fingerprint", "derived"):
             self.__dict__.pop(name, None)
         self._chats.clear()
 
@@ -220,6 +220,11 @@ class Tokenizer:
                 source, self.chat_template_name, self.tokens, specials, filter(None, ends)
             )
         return self._chats[with_tools]
+
+    @cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What others have made from this tokenizer and keep as long as it does not change."""
+        return {}
 
     # Files ---------------------------------------------------------------------------------------------------------
 

@@ -125,18 +125,21 @@ class LoRALayer(nn.Module):
         """Of each row; never 0, since they are divided by."""
         return self.over_inputs(torch.linalg.vector_norm(rows, dim=1)).clamp_min_(1e-30)
 
+    def materialize_adapter(self, device: torch.device) -> None:
+        """Give the adapter's parameters memory on `device` where they are on meta, without values."""
+        for name in ADAPTER_PARAMETERS:
+            parameter = getattr(self, name)
+            if parameter is not None and parameter.is_meta:
+                empty = torch.empty_like(parameter, device=device)
+                setattr(self, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+
     @torch.no_grad()
     def reset_adapter(self, generator: torch.Generator, device: torch.device, part: Part | None = None) -> None:
         """lora_A uniform in ±1/sqrt(I) (what kaiming_uniform_(a=sqrt 5) gives), lora_B zero: no change yet, once magnitudes are set.
 
         part: what of lora_A is here, where it is not the whole.
         """
-        if self.lora_A.is_meta:
-            for name in ADAPTER_PARAMETERS:
-                parameter = getattr(self, name)
-                if parameter is not None:
-                    empty = torch.empty_like(parameter, device=device)
-                    setattr(self, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        self.materialize_adapter(device)
         part = part or Part.whole(self.lora_A.shape)
         bound = 1 / math.sqrt(part.shape[1])
         drawn = torch.empty(part.shape).uniform_(-bound, bound, generator=generator)
@@ -283,6 +286,12 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def adapter_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Name -> module of every layer with an adapter."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def materialize_adapters(model: nn.Module, device: torch.device) -> None:
+    """Give all adapters still on meta memory on `device`, to be filled at once."""
+    for layer in adapter_layers(model).values():
+        layer.materialize_adapter(device)
 
 
 def reset_adapters(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> None:

@@ -16,6 +16,8 @@ import torch
 from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
 from tunesmith.checkpoint.hf import load_weights, prepare_quantized, read_model_config, stated_dtype
+from tunesmith.checkpoint.load import stored_weights
+from tunesmith.checkpoint.streamed import stream_weights, weights_here
 from tunesmith.configs.shared import QAT, LoRAWeights, TrainSettings
 from tunesmith.data.loader import DEFAULT_MAX_SEQ_LEN
 from tunesmith.data.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ from tunesmith.models.decoder import CausalLM, build
 from tunesmith.models.family import Family
 from tunesmith.models.initialize import initialize
 from tunesmith.nn.fake_quantize import apply_fake_quantization, set_rounding
-from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
+from tunesmith.nn.lora import apply_lora, freeze_base, materialize_adapters, reset_adapters
 from tunesmith.nn.quantize import quantize_linear_layers
 from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_bf16
@@ -289,6 +291,47 @@ def load_model(
     Returns the module in evaluation mode under Hugging Face's parameter names; its parameters ask for no gradient.
     Raises UserError for a folder that is no model, lacks files, or does not fit.
     """
+    found = _construct(path, dtype, adapter, base, quantize_base)
+    model, place = found.model, pick_device(str(device))
+    load_weights(model, found.folder, model.family, device=place, without=found.brought)
+    _add_adapter(found, place)
+    return model.requires_grad_(False).eval()
+
+
+def stream_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> CausalLM:
+    """As `load_model`, but the weights stay in their files (see `checkpoint.streamed`): for models to be computed with a few times, and written."""
+    found = _construct(path, dtype, adapter, base, quantize_base=False)
+    model, place = found.model, pick_device(str(device))
+    stream_weights(model, stored_weights(model, found.folder, model.family, found.brought), place)
+    with weights_here(model.model.embed_tokens), weights_here(model.head):  # an adapter may bring a copy of them
+        _add_adapter(found, place)
+    return model.requires_grad_(False).eval()
+
+
+@dataclass
+class _Constructed:
+    """A model on meta, adapters on it, and where its values are."""
+
+    model: CausalLM
+    folder: Path
+    adapter: Path | None
+    brought: str | None
+    """What the names of the parameters begin with that the adapter brings whole."""
+
+
+def _construct(
+    path: str | Path,
+    dtype: str | torch.dtype | None,
+    adapter: str | Path | None,
+    base: str | Path | None,
+    quantize_base: bool,
+) -> _Constructed:
     folder = hub.resolve(str(path))
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         if adapter is not None:
@@ -313,16 +356,18 @@ def load_model(
         peft.apply_adapter(model, adapter_folder, quantize_base="nf4" if quantize_base else None, dtype=torch.float32)
     elif quantize_base:
         quantize_linear_layers(model)
-    place = pick_device(str(device))
     brings_head = adapter_folder is not None and peft.brings_head(adapter_folder)
-    load_weights(model, folder, family, device=place, without=f"{model.head_name}." if brings_head else None)
-    model.init_buffers(place)
-    if brings_head:
-        model.head.to_empty(device=place)
-    if adapter_folder is not None:
-        reset_adapters(model, 0, place)
-        peft.load_adapter(model, adapter_folder)
-    return model.requires_grad_(False).eval()
+    return _Constructed(model, folder, adapter_folder, f"{model.head_name}." if brings_head else None)
+
+
+def _add_adapter(found: _Constructed, device: torch.device) -> None:
+    """Make on `device` what the base's files don't hold, and read it."""
+    found.model.init_buffers(device)
+    if found.brought is not None:
+        found.model.head.to_empty(device=device)
+    if found.adapter is not None:
+        materialize_adapters(found.model, device)
+        peft.load_adapter(found.model, found.adapter)
 
 
 def base_of(adapter: Path, base: str | Path | None) -> Path:

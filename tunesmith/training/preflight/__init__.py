@@ -35,11 +35,13 @@ from tunesmith.training.preflight.machine import (
     package_problems,
     process_problems,
 )
+from tunesmith.training.preflight.rounding import check_roundable, rounding_problems
 
 __all__ = [
     "check",
     "check_plain",
     "check_reference",
+    "check_roundable",
     "check_trainable",
     "check_vocabulary",
     "damaged",
@@ -77,6 +79,7 @@ _PARTS = (
     label_problems,
     reference_problems,
     teacher_problems,
+    rounding_problems,
     tokenizer_problems,
     data_problems,
     evaluation_problems,

@@ -1,0 +1,84 @@
+"""What is exported: a model, or an adapter and its base, known by its configuration before weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith import hub
+from tunesmith.checkpoint.adapter import adapted_config, check_changes_something, read_adapter_config
+from tunesmith.checkpoint.load import read_model_config
+from tunesmith.errors import UserError
+from tunesmith.models.decoder import CausalLM
+from tunesmith.models.families import check_speaks
+from tunesmith.models.family import DecoderConfig, Family
+from tunesmith.nn.lora import adapter_layers
+from tunesmith.training.build import stream_model
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to be exported."""
+
+    name: str
+    """As the user called it."""
+    folder: Path
+    """Of the model, or of the adapter."""
+    base: Path | None
+    """Of the base, where `folder` holds an adapter."""
+    hf_config: dict[str, Any]
+    family: Family
+    config: DecoderConfig
+
+    @property
+    def weights(self) -> Path:
+        """The folder of the model itself."""
+        return self.base or self.folder
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where the tokenizer's files are: an adapter's own, saved with it, are preferred to its base's."""
+        has_own = (self.folder / "tokenizer_config.json").is_file() or (self.folder / "tokenizer.json").is_file()
+        return self.folder if self.base is None or has_own else self.base
+
+    def stream(self, device: str) -> CausalLM:
+        """The model, adapter included, its weights still in their files. Raises UserError for an adapter that changes nothing."""
+        # A QLoRA adapter, too, is merged into the base as it was before quantization.
+        model = stream_model(self.folder, device, base=self.base)
+        if self.base is not None:
+            check_changes_something(model)
+            print(f"merging {len(adapter_layers(model))} adapter layers of {self.folder} into {self.base}")
+        return model
+
+    def must_speak(self, format: str) -> None:
+        """Raise UserError for a model whose head gives scores, or whose weights are quantized: `format` has no place for it."""
+        check_speaks(self.family, self.hf_config, f"{self.name}, to be exported as {format},")
+        if self.hf_config.get("quantization_config"):
+            raise UserError(
+                f"{self.name} is quantized and can't be exported as {format}: export the model that it was made from"
+            )
+
+
+def find_source(name: str, base: str | None) -> Source:
+    """The source called `name`, a folder or Hub id of a model or adapter. Raises UserError where it is none, or doesn't fit `base`."""
+    folder = hub.resolve(name)
+    base_folder = find_base(folder, base)
+    hf_config, family, config = read_model_config(base_folder or folder)
+    if base_folder is not None:
+        hf_config = adapted_config(folder, family, hf_config)
+    return Source(name, folder, base_folder, hf_config, family, config)
+
+
+def find_base(folder: Path, base: str | None) -> Path | None:
+    """The folder of the base where `folder` holds an adapter; None where it holds a model."""
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        if base is not None:
+            raise UserError(
+                f"`base` is for adapters, but {folder} is no adapter (it has no adapter_config.json): leave `base` out"
+            )
+        return None
+    named = base or read_adapter_config(folder).get("base_model_name_or_path")
+    if not named:
+        raise UserError(f"the adapter in {folder} doesn't name its base: set `base`")
+    return hub.resolve(named)
