@@ -41,6 +41,7 @@ def ours(config, **options):
 def theirs(config, **options):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     lm = HFLM(pretrained=config.model, dtype="float32", device="cpu", batch_size=1, **options)
     return simple_evaluate(
@@ -54,6 +55,7 @@ def theirs(config, **options):
         gen_kwargs=dict(config.gen_kwargs),
         log_samples=True,
         bootstrap_iters=BOOTSTRAPS,
+        task_manager=TaskManager(include_defaults=False),
     )
 
 

@@ -223,7 +223,7 @@ class EngineLM(TemplateLM):
         return text
 
     def _divided(
-        self, items: list[Any], keys: list[Hashable], costs: list[int], compute: Callable[[list[Any]], list[T]]
+        self, items: list[Any], keys: Sequence[Hashable], costs: list[int], compute: Callable[[list[Any]], list[T]]
     ) -> list[T]:
         """`compute` of all items on every rank, each of which did a share. Items with one key go to one rank."""
         groups: dict[Hashable, list[int]] = {}
