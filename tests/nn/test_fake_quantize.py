@@ -14,7 +14,6 @@ from tunesmith.errors import UserError
 from tunesmith.nn.fake_quantize import apply_fake_quantization, set_rounding
 from tunesmith.nn.int4 import (
     Int4Linear,
-    apply_int4,
     group_scales,
     quantize_groups,
     round_tokens,
@@ -23,6 +22,8 @@ from tunesmith.nn.int4 import (
 )
 from tunesmith.nn.linear import Linear
 from tunesmith.nn.lora import adapters_off, apply_lora, merge_lora, reset_adapters, reset_magnitudes
+from tunesmith.nn.quantized import PARTS
+from tunesmith.nn.rounding import apply_quantized
 from tunesmith.nn.scheme import INTEGER_TYPES, Scheme
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -100,7 +101,7 @@ def test_int4_layers_compute_the_same(torchao, kind):
     plain, scheme = two_layers(), Scheme(kind)
     theirs, ours = copy.deepcopy(plain), copy.deepcopy(plain)
     torchao.quantize_(theirs, config_of(scheme))
-    apply_int4(ours, ["0", "2"], scheme)
+    apply_quantized(ours, {"0": PARTS, "2": PARTS}, scheme)
     for index in (0, 2):
         theirs[index].weight.zero_point.fill_(3)
         layer, stored = ours[index], theirs[index].weight
@@ -111,9 +112,9 @@ def test_int4_layers_compute_the_same(torchao, kind):
     x = edge_cases(12, 64, torch.float32)
     torch.testing.assert_close(ours(x), theirs(x))
     with pytest.raises(UserError, match="no linear layer of the model"):
-        apply_int4(two_layers(), ["1"], scheme)
+        apply_quantized(two_layers(), {"1": PARTS}, scheme)
     with pytest.raises(UserError, match="64 inputs of 0 are no whole groups of 48"):
-        apply_int4(two_layers(), ["0"], Scheme(kind, 48))
+        apply_quantized(two_layers(), {"0": PARTS}, Scheme(kind, 48))
 
 
 @pytest.mark.parametrize("kind", INTEGER_TYPES)

@@ -24,10 +24,10 @@ from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.score import ScoreModel
 from tunesmith.models.weights import file_name
-from tunesmith.nn.int4 import Int4Linear
 from tunesmith.nn.lora import ADAPTER_PARAMETERS, LoRAHead, LoRALayer, check_mergeable, is_adapters
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.nn.quantize import NF4Linear
+from tunesmith.nn.quantized import QuantizedLinear
 from tunesmith.parallel.mesh import Ranks
 
 __all__ = [
@@ -75,7 +75,7 @@ def outgoing_weights(model: CausalLM, dtype: torch.dtype | None = None) -> dict[
             raise UserError(
                 f"{prefix} is held in NF4: a quantized model is not saved as a repository; load it without quantize_base and save that"
             )
-        elif isinstance(module, Int4Linear):
+        elif isinstance(module, QuantizedLinear):
             raise UserError(f"{prefix} is quantized: save the model that it was made from")
         merged = module if isinstance(module, LoRALayer) else None
         for leaf, parameter in module.named_parameters(recurse=False):

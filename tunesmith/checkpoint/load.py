@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.checkpoint import dcp, meta
+from tunesmith.checkpoint import bitsandbytes, dcp, meta
 from tunesmith.checkpoint.tensor_files import StoredTensor, read_index, read_tensor_file
 from tunesmith.errors import UserError
 from tunesmith.models import families
@@ -20,10 +20,11 @@ from tunesmith.models.decoder import CausalLM
 from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.models.weights import model_name
 from tunesmith.nn.head import Head
-from tunesmith.nn.int4 import QDATA, apply_int4
 from tunesmith.nn.lora import ADAPTER_PARAMETERS
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, shard_rows
 from tunesmith.nn.quantize import BLOCK_SIZE, NF4Linear, quantize_nf4
+from tunesmith.nn.quantized import PARTS
+from tunesmith.nn.rounding import apply_quantized
 from tunesmith.nn.scheme import Scheme
 
 
@@ -67,9 +68,9 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{folder} is no folder")
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (folder / stem).is_file():
-            return read_tensor_file(folder / stem)
+            return bitsandbytes.read_weights(read_tensor_file(folder / stem))
         if (folder / f"{stem}.index.json").is_file():
-            return read_index(folder / f"{stem}.index.json")
+            return bitsandbytes.read_weights(read_index(folder / f"{stem}.index.json"))
     if meta.is_meta_folder(folder):
         return meta.read_weights(folder)
     if dcp.is_dcp_folder(folder):
@@ -110,7 +111,8 @@ def _targets(model: nn.Module) -> dict[str, _Target]:
     found, parts = {}, parameter_parts(model)
     cut: dict[str, Part] = getattr(model, "tensor_parts", {})
     for prefix, module in model.named_modules():
-        quantized = module.weight_shapes() if isinstance(module, NF4Linear) else {}
+        is_made = isinstance(module, NF4Linear) and not module.is_prequantized
+        quantized = module.weight_shapes() if is_made else {}
         for leaf, shape in quantized.items():
             found[f"{prefix}.{leaf}"] = _Target(module, leaf, cut.get(f"{prefix}.{leaf}") or Part.whole(shape), True)
         for leaf, _ in module.named_parameters(recurse=False):
@@ -120,11 +122,17 @@ def _targets(model: nn.Module) -> dict[str, _Target]:
 
 
 def prepare_quantized(model: CausalLM, folder: str | Path) -> None:
-    """Let the layers whose weights are quantized in `folder` (see `nn.int4`) take them as they are; without values, like the rest."""
+    """Let the layers whose weights are quantized in `folder` take them as they are; without values, like the rest."""
     content = model.hf_config.get("quantization_config")
-    if content:
-        names = [name.removesuffix(f".{QDATA}") for name in find_weights(Path(folder)) if name.endswith(f".{QDATA}")]
-        apply_int4(model, names, Scheme.of_config(content))
+    if not content:
+        return
+    layers: dict[str, list[str]] = {}
+    for name in find_weights(Path(folder)):
+        layer, _, part = name.rpartition(".")
+        if part in (*PARTS, "weight_nf4"):
+            wanted = model_name(model.weights, f"{layer}.weight")
+            layers.setdefault((wanted or "").removesuffix(".weight"), []).append(part)
+    apply_quantized(model, layers, Scheme.of_config(content))
 
 
 def load_weights(

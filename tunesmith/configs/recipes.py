@@ -54,6 +54,16 @@ RECIPES = {
         ),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
         _recipe(
+            "evaluate",
+            "Evaluate",
+            "Evaluation: scores on tasks of lm-evaluation-harness, perplexity of texts, models side by side.",
+        ),
+        _recipe(
+            "quantize",
+            "Quantize",
+            "Quantization: round a trained model to 8 or 4 bits, for transformers and tunesmith.",
+        ),
+        _recipe(
             "export", "Export", "Export: a model for other programs: merged, as an adapter, as GGUF for llama.cpp."
         ),
     )
@@ -62,8 +72,6 @@ RECIPES = {
 LATER_RECIPES = {
     "ppo": "PPO",
     "grpo": "GRPO",
-    "quantize": "quantization for inference",
-    "evaluate": "evaluation",
 }
 
 LATER_OVERLAYS = {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tunesmith.nn.int4 import round_tokens, round_weight, token_range, token_scales
 from tunesmith.nn.linear import Linear, linear
 from tunesmith.nn.lora import LoRALayer, LoRALinear, replace_module, retyped
+from tunesmith.nn.rounding import quantizable_layers
 from tunesmith.nn.scheme import Scheme
 
 
@@ -141,12 +142,6 @@ class FakeQuantizedLoRALinear(FakeQuantizedLayer, LoRALinear):
 
 
 _TRAINED = {nn.Linear: FakeQuantizedLinear, Linear: FakeQuantizedLinear, LoRALinear: FakeQuantizedLoRALinear}
-
-
-def quantizable_layers(model: nn.Module, scheme: Scheme) -> list[str]:
-    """Names of the linear layers (the output layer is none of them) whose inputs are whole groups."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [name for name, module in layers if module.in_features % scheme.group_size == 0]
 
 
 def apply_fake_quantization(model: nn.Module, scheme: Scheme) -> list[str]:

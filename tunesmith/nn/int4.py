@@ -7,18 +7,16 @@ O outputs, I inputs, G groups of an output's inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunesmith.errors import UserError
+from tunesmith.nn.quantized import QDATA, SCALE, ZERO_POINT, QuantizedLinear
 from tunesmith.nn.scheme import Scheme
 
 LOWEST, HIGHEST = -8, 7
-QDATA, SCALE, ZERO_POINT = PARTS = ("_weight_qdata", "_weight_scale", "_weight_zero_point")
-"""What a quantized weight consists of, under the names it has in files."""
 
 
 def group_scales(weight: Tensor, group_size: int) -> Tensor:
@@ -68,60 +66,37 @@ def round_tokens(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return levels.sub_(zero_point).mul_(scale)
 
 
-class Int4Linear(nn.Linear):
-    """A frozen linear layer of quantized weights: levels `_weight_qdata` (O, I) in int8, `_weight_scale` and `_weight_zero_point` (O, G).
+class Int4Linear(QuantizedLinear):
+    """Levels from -8 to 7, one a byte, with scales in the number type of the weight; torchao's IntxUnpackedToInt8Tensor."""
 
-    `weight` reads as the dense weight, made anew at each access.
-    """
+    @staticmethod
+    def types(dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """See `QuantizedLinear`."""
+        return {QDATA: torch.int8, SCALE: dtype, ZERO_POINT: torch.int8}
 
-    scheme: Scheme
+    @staticmethod
+    def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """See `QuantizedLinear`."""
+        scales = group_scales(weight, scheme.group_size or weight.shape[-1])
+        return quantize_groups(weight, scales), scales
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: Scheme) -> Int4Linear:
-        """The quantized form of `linear`, without values, where it is."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features, layer.scheme = linear.in_features, linear.out_features, scheme
-        weight, groups = linear.weight, (linear.out_features, linear.in_features // scheme.group_size)
-        for name, shape, dtype in (
-            (QDATA, weight.shape, torch.int8),
-            (SCALE, groups, weight.dtype),
-            (ZERO_POINT, groups, torch.int8),
-        ):
-            empty = torch.empty(shape, dtype=dtype, device=weight.device)
-            layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        layer.register_parameter("bias", linear.bias)
-        layer.train(linear.training)
-        return layer
+    @staticmethod
+    def described(scheme: Scheme) -> tuple[str, dict[str, Any]]:
+        """See `QuantizedLinear`."""
+        return "IntxUnpackedToInt8Tensor", {
+            "target_dtype": {"_type": "torch.dtype", "_data": "int4"},
+            "activation_quantization": "int8_asym_per_token" if scheme.rounds_inputs else None,
+        }
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        scales = self.get_parameter(SCALE)
-        levels, zero = self.get_parameter(QDATA), self.get_parameter(ZERO_POINT)
-        groups = levels.unflatten(-1, (scales.shape[-1], -1)).to(scales.dtype)
-        return (groups.sub_(zero[..., None]).mul_(scales[..., None])).flatten(-2)
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """(O, I) in `dtype`, computed in the number type of the scales."""
+        zero = self.get_parameter(ZERO_POINT)
+        groups = self.levels.unflatten(-1, (self.scales.shape[-1], -1)).to(self.scales.dtype)
+        return groups.sub_(zero[..., None]).mul_(self.scales[..., None]).flatten(-2).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, I) -> (…, O), in the number type of the scales."""
-        weight = self.weight
-        x = input.to(weight.dtype)
+        x = input.to(self.scales.dtype)
         if self.scheme.rounds_inputs:
             x = round_tokens(x, *token_scales(token_range(x)))
-        return F.linear(x, weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.scheme}"
-
-
-def apply_int4(model: nn.Module, names: Iterable[str], scheme: Scheme) -> None:
-    """Give the layers of these names their quantized form, without values, in place. Raises UserError where one is no linear layer, or its groups don't come out even."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name in names:
-        if name not in layers:
-            raise UserError(f"{name} is quantized in the files, and is no linear layer of the model: only those can be")
-        if layers[name].in_features % scheme.group_size:
-            raise UserError(
-                f"the {layers[name].in_features} inputs of {name} are no whole groups of {scheme.group_size}"
-            )
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Int4Linear.from_linear(layers[name], scheme))
+        return F.linear(x, self.dense_weight(x.dtype), self.bias)

@@ -47,22 +47,23 @@ def _level_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return level.to(torch.uint8), above[level]
 
 
-def quantize_nf4(weight: Tensor) -> Tensor:
+def quantize_nf4(weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Quantize a tensor of any shape to (B, 34) bytes, B = ceil(elements / 64): 32 bytes of levels, then the block's scale as bfloat16.
 
     The first of two values takes the high half of its byte. Each value goes to the level nearest to value / scale, where scale is the
     block's largest magnitude, rounded to bfloat16 first; a last block that is not full is filled with zeros.
+    scale_dtype: float32 is what bitsandbytes has, (B, 36).
     """
     flat = weight.detach().reshape(-1)
     blocks = F.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
     tables = _level_tables(weight.device)
     # Pieces of 64k values keep the temporaries small (and in the processor's cache).
-    return torch.cat([_quantize_blocks(piece, *tables) for piece in blocks.split(1024)])
+    return torch.cat([_quantize_blocks(piece, scale_dtype, *tables) for piece in blocks.split(1024)])
 
 
-def _quantize_blocks(blocks: Tensor, level_at_edge: Tensor, midpoint: Tensor) -> Tensor:
+def _quantize_blocks(blocks: Tensor, scale_dtype: torch.dtype, level_at_edge: Tensor, midpoint: Tensor) -> Tensor:
     blocks = blocks.float()
-    scale = blocks.abs().amax(1, keepdim=True).to(torch.bfloat16)
+    scale = blocks.abs().amax(1, keepdim=True).to(scale_dtype)
     divisor = torch.where(scale == 0, 1, scale.float())
     values = (blocks / divisor).view(-1)
     cells = ((values + 1) * (_CELLS / 2)).to(torch.int32).clamp_(0, _CELLS - 1)
@@ -72,13 +73,14 @@ def _quantize_blocks(blocks: Tensor, level_at_edge: Tensor, midpoint: Tensor) ->
 
 
 def dequantize_nf4(quantized: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The dense tensor of `shape` from (B, 34) bytes: level × scale, computed in float32, then rounded to `dtype`."""
+    """The dense tensor of `shape` from (B, 34) or (B, 36) bytes: level × scale, computed in float32, then rounded to `dtype`."""
     levels = torch.tensor(NF4_LEVELS, device=quantized.device)
     # Both values of a byte are fetched as one 8-byte number: one look-up instead of two, and no shifts.
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1).view(torch.int64).view(-1)
-    packed, scale = quantized.split([BLOCK_SIZE // 2, 2], 1)
+    packed, scale = quantized.tensor_split([BLOCK_SIZE // 2], 1)
+    scale_dtype = torch.bfloat16 if scale.shape[1] == 2 else torch.float32
     values = pairs.index_select(0, packed.int().view(-1)).view(torch.float32).view(-1, BLOCK_SIZE)
-    values = values.mul_(scale.contiguous().view(torch.bfloat16).float()).view(-1)
+    values = values.mul_(scale.contiguous().view(scale_dtype).float()).view(-1)
     return values[: shape.numel()].view(shape).to(dtype)
 
 
@@ -103,10 +105,13 @@ class NF4Linear(nn.Linear):
 
     Its parameter is `weight_nf4` (B, 34); scales are kept as bytes so that no change of number type touches them. `weight` reads as the
     dense weight, made anew at each access. Checkpoints hold the dense `weight`: `load_weight` quantizes it on arrival.
+
+    One that was quantized in the files (`prequantized`) has bitsandbytes' float32 scales, (B, 36), and is loaded as it is.
     """
 
     quantization = "nf4"
     weight_nf4: nn.Parameter
+    is_prequantized = False
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> NF4Linear:
@@ -116,17 +121,30 @@ class NF4Linear(nn.Linear):
         layer._take_linear(linear)
         return layer
 
-    def _take_linear(self, linear: nn.Linear) -> None:
+    @classmethod
+    def prequantized(cls, linear: nn.Linear, values: Tensor | None = None) -> NF4Linear:
+        """The form of `linear` that takes what bitsandbytes quantized, with `values` (B, 36) or without."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take_linear(linear, torch.float32, has_values=False)
+        layer.is_prequantized = True
+        if values is not None:
+            layer.weight_nf4 = nn.Parameter(values, requires_grad=False)
+        return layer
+
+    def _take_linear(
+        self, linear: nn.Linear, scale_dtype: torch.dtype = torch.bfloat16, has_values: bool = True
+    ) -> None:
         weight = linear.weight.detach()
         self.in_features, self.out_features, self.compute_dtype = linear.in_features, linear.out_features, weight.dtype
-        blocks = -(-weight.numel() // BLOCK_SIZE)
-        quantized = torch.empty(blocks, BLOCK_SIZE // 2 + 2, dtype=torch.uint8, device=weight.device)
+        blocks, width = -(-weight.numel() // BLOCK_SIZE), BLOCK_SIZE // 2 + scale_dtype.itemsize
+        quantized = torch.empty(blocks, width, dtype=torch.uint8, device=weight.device)
         self.weight_nf4 = nn.Parameter(quantized, requires_grad=False)
         self.register_parameter("bias", linear.bias)
         self.training = linear.training
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        if not weight.is_meta:
+        if has_values and not weight.is_meta:
             self.load_weight("weight", weight)
 
     def weight_shapes(self) -> dict[str, torch.Size]:

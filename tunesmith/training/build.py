@@ -303,9 +303,10 @@ def stream_model(
     device: str | torch.device = "cpu",
     adapter: str | Path | None = None,
     base: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> CausalLM:
     """As `load_model`, but the weights stay in their files (see `checkpoint.streamed`): for models to be computed with a few times, and written."""
-    found = _construct(path, None, adapter, base, quantize_base=False)
+    found = _construct(path, dtype, adapter, base, quantize_base=False)
     model, place = found.model, pick_device(str(device))
     stream_weights(model, stored_weights(model, found.folder, model.family, found.brought), place)
     with weights_here(model.model.embed_tokens), weights_here(model.head):  # an adapter may bring a copy of them
@@ -375,6 +376,17 @@ def base_of(adapter: Path, base: str | Path | None) -> Path:
     if not name:
         raise UserError(f"{adapter} doesn't name its base model: give it")
     return hub.resolve(name)
+
+
+def tokenizer_folder(model: str, adapter: str | None = None) -> Path:
+    """Where the tokenizer of a model, or of one with an adapter, is: an adapter made here brings its own, others use their base's."""
+    folder = hub.resolve(model)
+    own = hub.resolve(adapter, what="adapter") if adapter else folder
+    if any((own / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return own
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return base_of(folder, None)
+    return folder
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import torch
 from tunesmith import hub
 from tunesmith.checkpoint.hf import MAX_SHARD_SIZE, copy_files, verify
 from tunesmith.checkpoint.load import read_model_config, stated_dtype
-from tunesmith.checkpoint.quantized import Written, write_quantized
+from tunesmith.checkpoint.quantized import Quantized, Written, write_quantized
+from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.scheme import Scheme
-from tunesmith.training.build import base_of, load_model
+from tunesmith.training.build import base_of, stream_model
 
 
 def quantize_repository(
@@ -27,26 +30,61 @@ def quantize_repository(
     """Quantize the model in `folder`, or the adapter there merged into its base, and write it to `target` for transformers and `load_model`.
 
     dtype: number type that it is to compute in; default: that of the files. base: of the adapter; default: the one it names.
-    One tensor is held at a time, the rest is read as it is needed; of an adapter's base in another number type than `dtype` a whole
-    copy is. What lay at `target` is replaced when all is written. Raises UserError for a folder that is no model, or is quantized.
+    One tensor is held at a time, the rest is read as it is needed. What lay at `target` is replaced when all is written. Raises
+    UserError for a folder that is no model, or is quantized.
     """
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    origin = base_of(folder, base) if is_adapter else folder
+    origin = origin_of(folder, base)
     dtype = dtype or stated_dtype(read_model_config(origin)[0])
     # The base is rounded before the adapter is merged into it, as it was in training.
-    model = load_model(folder, dtype=dtype if is_adapter else None, base=base)
+    model = stream_model(folder, dtype=dtype if origin != folder else None, base=base)
+    with replacing(target) as partial:
+        return write_model(model, partial, scheme, dtype, origin, tokenizer_folder(folder, origin), max_shard_size)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A hidden folder that takes the place of `target` at the end, and is removed if there is an error before."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        written = write_quantized(model, partial, scheme, dtype, max_shard_size)
-        has_own = (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
-        beside = copy_files(folder if has_own else origin, partial, hub.TOKENIZER_FILES)
-        beside |= copy_files(origin, partial, ("generation_config.json",))
-        written = replace(written, digests=written.digests | beside)
-        verify(partial, written.digests)
+        yield partial
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_model(
+    model: CausalLM,
+    folder: Path,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    source: Path,
+    tokenizer: Path,
+    max_shard_size: float = MAX_SHARD_SIZE,
+    chosen: Mapping[str, Quantized] | None = None,
+) -> Written:
+    """Write `model` into `folder`, quantized, with generation_config.json of the folder `source` and the files of the tokenizer in another.
+
+    chosen: {layer: levels and scales}; others are rounded to nearest. What was written is read again and its checksums compared.
+    """
+    written = write_quantized(model, folder, scheme, dtype, max_shard_size, chosen)
+    beside = copy_files(tokenizer, folder, hub.TOKENIZER_FILES) | copy_files(
+        source, folder, ("generation_config.json",)
+    )
+    written = replace(written, digests=written.digests | beside)
+    verify(folder, written.digests)
     return written
+
+
+def origin_of(folder: Path, base: str | Path | None = None) -> Path:
+    """The folder with the weights: that of the base, where `folder` holds an adapter."""
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    return base_of(folder, base) if is_adapter else folder
+
+
+def tokenizer_folder(folder: Path, origin: Path) -> Path:
+    """Where the tokenizer's files are: an adapter's own, saved with it, are preferred to its base's."""
+    has_own = (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
+    return folder if has_own else origin

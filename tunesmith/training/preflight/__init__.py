@@ -14,6 +14,7 @@ from tunesmith.training.preflight.beside import (
     teacher_problems,
 )
 from tunesmith.training.preflight.data import data_problems
+from tunesmith.training.preflight.evaluation import evaluation_problems
 from tunesmith.training.preflight.files import adapter_problems, damaged, model_problems, warn_of_another_base
 from tunesmith.training.preflight.fit import (
     check_trainable,
@@ -34,11 +35,13 @@ from tunesmith.training.preflight.machine import (
     package_problems,
     process_problems,
 )
+from tunesmith.training.preflight.rounding import check_roundable, rounding_problems
 
 __all__ = [
     "check",
     "check_plain",
     "check_reference",
+    "check_roundable",
     "check_trainable",
     "check_vocabulary",
     "damaged",
@@ -76,8 +79,10 @@ _PARTS = (
     label_problems,
     reference_problems,
     teacher_problems,
+    rounding_problems,
     tokenizer_problems,
     data_problems,
+    evaluation_problems,
     output_problems,
     layout_option_problems,
     package_problems,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,14 +106,8 @@ def group_problems(config: Any, family: Family, shape: DecoderConfig) -> Iterato
         )
         return
     layers = family.linear_inputs(shape)
-    uneven = [name for name, (inputs, _) in layers.items() if inputs % qat.group_size]
-    if uneven and (not qat.skip_indivisible or len(uneven) == len(layers)):
-        named = ", ".join(f"{name} ({layers[name][0]})" for name in uneven)
-        fitting = math.gcd(*(inputs for inputs, _ in layers.values()))
-        cure = f"take {_largest_divisor(fitting, qat.group_size)}, or another divisor of {fitting}"
-        if len(uneven) < len(layers):
-            cure += "; or leave such layers as they are with `qat.skip_indivisible: true`"
-        yield f"`qat.group_size` = {qat.group_size} does not divide the inputs of {named}: {cure}"
+    if problem := uneven_problem("qat", qat, qat.group_size, layers):
+        yield problem
         return
     tp = config.tensor_parallel_dim
     for name, (inputs, is_cut) in layers.items():
@@ -122,6 +116,22 @@ def group_problems(config: Any, family: Family, shape: DecoderConfig) -> Iterato
                 f"`qat` keeps `group_size` = {qat.group_size} weights together, and `tensor_parallel_dim: {tp}` would cut the "
                 f"{inputs} inputs of {name} into {inputs // tp} for each rank: take fewer ranks, or smaller groups"
             )
+
+
+def uneven_problem(option: str, section: Any, group_size: int, layers: Mapping[str, tuple[int, bool]]) -> str | None:
+    """The sentence for linear layers whose inputs are no whole groups, where `section`, called `option`, doesn't leave them out; None: there is nothing wrong.
+
+    layers: {name: (inputs, whether tensor parallelism cuts them)}.
+    """
+    uneven = [name for name, (inputs, _) in layers.items() if inputs % group_size]
+    if not uneven or (section.skip_indivisible and len(uneven) < len(layers)):
+        return None
+    named = ", ".join(f"{name} ({layers[name][0]})" for name in uneven)
+    fitting = math.gcd(*(inputs for inputs, _ in layers.values()))
+    cure = f"take {_largest_divisor(fitting, group_size)}, or another divisor of {fitting}"
+    if len(uneven) < len(layers):
+        cure += f"; or leave such layers as they are with `{option}.skip_indivisible: true`"
+    return f"`{option}.group_size` = {group_size} does not divide the inputs of {named}: {cure}"
 
 
 def _largest_divisor(number: int, most: int) -> int:

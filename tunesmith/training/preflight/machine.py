@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.configs.evaluate import Evaluate
 from tunesmith.configs.export import Export
 from tunesmith.configs.generate import Generate
 from tunesmith.configs.layout import Layout, rows_problem
+from tunesmith.configs.quantize import Quantize
 from tunesmith.configs.shared import TOO_EARLY
 from tunesmith.configs.stages import micro_batch_problems
 from tunesmith.errors import UserError
@@ -28,7 +30,7 @@ def is_restart() -> bool:
 
 def output_problems(config: Any, notes: list[str]) -> Iterator[str]:
     folder = getattr(config, "output_dir", None)
-    if folder is None:
+    if folder is None or isinstance(config, Evaluate):  # which adds to what is there
         return
     if is_remote(folder):
         yield from _remote_output(config, folder, notes)
@@ -65,8 +67,8 @@ def process_problems(config: Any, processes: int | None) -> Iterator[str]:
     """What the number of processes decides, as far as it is known."""
     known = int(os.environ.get("WORLD_SIZE") or 0) if processes is None else processes
     if not hasattr(config, "tensor_parallel_dim"):
-        if (known > 1 or processes == 0) and isinstance(config, (Generate, Export)):
-            yield "`generate` and `export` run in one process: leave the launch options out"
+        if (known > 1 or processes == 0) and isinstance(config, (Generate, Export, Quantize)):
+            yield "`generate`, `quantize` and `export` run in one process: leave the launch options out"
         return
     if known:
         try:
