@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Any
 
 from tunesmith.configs._section import section
-from tunesmith.configs.shared import RunSettings, TokenizerConfig, below
+from tunesmith.configs.shared import Checked, RunSettings, TokenizerConfig, below
 
 
 @section
@@ -18,7 +18,7 @@ class Prompt:
 
 
 @section
-class Speculative:
+class Speculative(Checked):
     """Tokens guessed ahead and checked by the model in one pass (arXiv 2211.17192)."""
 
     prompt_lookup: bool = False
