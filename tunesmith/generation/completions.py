@@ -82,6 +82,7 @@ def generate_completions(
     on_text: Callable[[int, str], None] | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
     cache_tokens: int | None = None,
+    places: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Like `generate`, with tokens, reasons and log-probabilities: sampling.num_samples completions a prompt, in the prompts' order.
 
@@ -89,6 +90,7 @@ def generate_completions(
         sampling: for all prompts, or one for each.
         agree: see Engine.
         cache_tokens: tokens whose keys and values are held; None: enough for batch_size of the longest sequences.
+        places: numbers that a prompt's randomness depends on; None: its place among `prompts`. For whoever generates a part of more.
 
     A sequence's text does not depend on what else is generated (but for rounding: see Engine).
     Raises UserError for a prompt that is empty or longer than the model's context, and for a model whose head gives scores.
@@ -99,7 +101,7 @@ def generate_completions(
     encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
     for index, ids in enumerate(encoded):
         _check_prompt(index, ids, model.config)
-    writings = list(_writings(encoded, samplings))
+    writings = list(_writings(encoded, samplings, range(len(encoded)) if places is None else places))
     if cache_tokens is None:
         cache_tokens = _memory_for(writings, batch_size, model.config)
     engine = Engine(
@@ -134,10 +136,10 @@ def generating(model: CausalLM) -> Iterator[None]:
         model.train(was_training)
 
 
-def _writings(encoded: list[list[int]], samplings: list[Sampling]) -> Iterator[Writing]:
+def _writings(encoded: list[list[int]], samplings: list[Sampling], places: Sequence[int]) -> Iterator[Writing]:
     drawn = secrets.randbits(32)
     index = 0
-    for place, (ids, sampling) in enumerate(zip(encoded, samplings)):
+    for place, ids, sampling in zip(places, encoded, samplings):
         seed = drawn if sampling.seed is None else sampling.seed
         for sample in range(sampling.num_samples):
             yield Writing(ids, sampling, index, random_numbers(sampling, seed, place, sample))
