@@ -16,11 +16,12 @@ from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.data.tokenizer_files import LLAMA3_PATTERN, QWEN_PATTERN
 from tunesmith.errors import UserError
 from tunesmith.export.gguf.architecture import ARCHITECTURES
+from tunesmith.export.gguf.llama_cpp import ask
 from tunesmith.export.gguf.llama_cpp import model_of as model_from
 from tunesmith.export.gguf.tensors import place, read_file
 from tunesmith.export.gguf.tokenizer import add_tokenizer, read_vocabulary
 from tunesmith.export.source import find_source
-from tunesmith.generation.engine import generate_completions
+from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.training.build import load_model
 
@@ -219,6 +220,41 @@ def test_adapters_are_merged(tmp_path):
     merged = load_model(adapter).get_submodule("model.layers.0.mlp.up_proj").merged_weight()
     stored = read_file(path)["blk.0.ffn_up.weight"]
     torch.testing.assert_close(stored.dense(), merged, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(use_rslora=True, alpha=7.0), dict(target_modules=["q_proj", "lm_head"])])
+@pytest.mark.parametrize("case", ["llama", "phi3 partial tied"])
+def test_adapters_alone(tmp_path, case, kind):
+    """llama.cpp with base and adapter computes what our engine does with both."""
+    if case != "llama" and kind.get("target_modules"):
+        kind = dict(target_modules=["qkv_proj", "down_proj"])
+    folder = repository(tmp_path / "model", case)
+    adapter = make_adapter(folder, tmp_path / "adapter", rank=4, **kind)
+    base, _ = export(folder, tmp_path / "base")
+    run(adapter, tmp_path / "lora", format="gguf", gguf=GGUFFile("f32", lora=True))
+    [lora] = (tmp_path / "lora").iterdir()
+    pytest.importorskip("llama_cpp")
+    ids = [1, 70, 33, 80, 5, 9]
+    _, theirs = ask(base, (), ids, ROWS, lora=lora)
+    ours, plain = load_model(adapter).logits(torch.tensor([ids]))[0], load_model(folder).logits(torch.tensor([ids]))[0]
+    assert (ours - plain).abs().max() > 0.05 * ours.abs().max()
+    torch.testing.assert_close(theirs, ours.float(), rtol=0, atol=1e-4 * ours.abs().max().item())
+
+
+def test_adapters_that_llama_cpp_has_no_place_for(tmp_path):
+    folder = repository(tmp_path / "model", "llama mqa tied")
+    options = dict(format="gguf", gguf=GGUFFile("f16", lora=True))
+    with pytest.raises(UserError, match="`gguf.lora` writes an adapter, and .* is none"):
+        run(folder, tmp_path / "out", **options)
+    with pytest.raises(UserError, match="no place for DoRA's magnitudes"):
+        run(make_adapter(folder, tmp_path / "dora", use_dora=True), tmp_path / "out", **options)
+    adapter = make_adapter(folder, tmp_path / "head", target_modules=["lm_head", "q_proj"])
+    with pytest.raises(UserError, match="the adapter is also on lm_head, which is the embedding in llama.cpp"):
+        run(adapter, tmp_path / "out", **options)
+    with pytest.raises(UserError, match="an adapter is not rounded to q8_0"):
+        run(adapter, tmp_path / "out", format="gguf", gguf=GGUFFile("q8_0", lora=True))
+    assert not (tmp_path / "out").exists()
+    export(adapter, tmp_path / "out")  # merged, the output layer is one of its own
 
 
 def test_mistakes(tmp_path):
