@@ -336,7 +336,7 @@ def test_each_prompt_has_its_own_options(model):
     alone = [
         completion
         for place, (prompt, option) in enumerate(zip(prompts, options))
-        for completion in generate_completions(model, Letters(), [prompt], option, numbers=[place])
+        for completion in generate_completions(model, Letters(), [prompt], option, places=[place])
     ]
     assert [one.text for one in together] == [one.text for one in alone] and ids_of(together) == ids_of(alone)
     assert [one.log_probs is None for one in together] == [True, False, False, True]

@@ -85,7 +85,7 @@ def generate_completions(
     cache_tokens: int | None = None,
     drafter: Callable[[int], Drafter] | None = None,
     exact_logprobs: bool = False,
-    numbers: Sequence[int] | None = None,
+    places: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Like `generate`, with tokens, reasons and log-probabilities: sampling.num_samples completions a prompt, in the prompts' order.
 
@@ -95,7 +95,7 @@ def generate_completions(
         cache_tokens: tokens whose keys and values are held; None: enough for batch_size of the longest sequences.
         drafter: given cache_tokens, who guesses ahead (generation.speculative).
         exact_logprobs: log-probabilities to the bit as a training step computes them (generation.exact).
-        numbers: what the prompts are called where random numbers are drawn; None: their places in the list.
+        places: numbers that a prompt's randomness depends on; None: its place among `prompts`. For whoever generates a part of more.
 
     A sequence's text does not depend on what else is generated (but for rounding: see Engine).
     Raises UserError for a prompt that is empty or longer than the model's context, and for a model whose head gives scores.
@@ -106,7 +106,7 @@ def generate_completions(
     encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
     for index, ids in enumerate(encoded):
         _check_prompt(index, ids, model.config)
-    writings = list(_writings(encoded, samplings, numbers))
+    writings = list(_writings(encoded, samplings, range(len(encoded)) if places is None else places))
     if cache_tokens is None:
         cache_tokens = _memory_for(writings, batch_size, model.config)
     engine = Engine(
@@ -154,10 +154,10 @@ def _score_exactly(model: CausalLM, tokenizer: Tokenizer, writings: list[Writing
     model.train(was_training)
 
 
-def _writings(encoded: list[list[int]], samplings: list[Sampling], numbers: Sequence[int] | None) -> Iterator[Writing]:
+def _writings(encoded: list[list[int]], samplings: list[Sampling], places: Sequence[int]) -> Iterator[Writing]:
     drawn = secrets.randbits(32)
     index = 0
-    for place, ids, sampling in zip(numbers or range(len(encoded)), encoded, samplings):
+    for place, ids, sampling in zip(places, encoded, samplings):
         seed = drawn if sampling.seed is None else sampling.seed
         for sample in range(sampling.num_samples):
             yield Writing(ids, sampling, index, random_numbers(sampling, seed, place, sample))

@@ -96,7 +96,7 @@ def _generate(
         cache_tokens=config.cache_tokens,
         drafter=drafter,
         exact_logprobs=config.exact_logprobs,
-        numbers=own,
+        places=own,
     )
     if mesh is not None:
         completions = _gathered(mesh, list(own), completions, config.num_samples)
