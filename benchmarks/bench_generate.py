@@ -65,7 +65,7 @@ def _time(case: str, repeats: int, generate) -> None:
 
 def ours(model: str, dtype: str, new_tokens: int, repeats: int) -> None:
     import tunesmith
-    from tunesmith.generation.engine import generate_completions
+    from tunesmith.generation.completions import generate_completions
     from tunesmith.generation.sampling import Sampling
 
     network, tokenizer = tunesmith.load_model(model, dtype=dtype), tunesmith.load_tokenizer(model)

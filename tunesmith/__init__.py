@@ -18,7 +18,7 @@ _HOMES = {
     "load_model": "tunesmith.training.build",
     "save_model": "tunesmith.checkpoint.hf",
     "load_tokenizer": "tunesmith.data.tokenizer",
-    "generate": "tunesmith.generation.engine",
+    "generate": "tunesmith.generation.completions",
     "load_config": "tunesmith.config",
     "dump_config": "tunesmith.config",
     "run": "tunesmith.config",
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tunesmith.config import dump_config, load_config, run
     from tunesmith.data.tokenizer import load_tokenizer
     from tunesmith.errors import ConfigError, UserError
-    from tunesmith.generation.engine import generate
+    from tunesmith.generation.completions import generate
     from tunesmith.training.build import load_model
 
 __all__ = [

@@ -379,7 +379,6 @@ def test_files_of_methods_that_are_not_there(tmp_path):
     file = tmp_path / "old.yaml"
     for lines, method in (
         ("quantizer: {_component_: torchtune.training.quantization.Int8DynActInt4WeightQuantizer}", "quantization"),
-        ("tasks: [truthfulqa_mc2]", "evaluation"),
         ("grpo_samples: 4", "GRPO"),
     ):
         file.write_text(f"{FULL}{lines}\n")

@@ -8,7 +8,7 @@ from tests.models.conftest import CASES, build_empty, pair, take_weights, tokens
 from tunesmith.data.stream_decoder import StreamDecoder
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import UserError
-from tunesmith.generation.engine import Completion, generate, generate_completions
+from tunesmith.generation.completions import Completion, generate, generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.hub import read_json
 from tunesmith.models.decoder import CausalLM
@@ -47,8 +47,13 @@ class Script:
     def modules(self):
         return ()
 
-    def __call__(self, ids, positions=None, cache=None):
-        cache.advance(ids.shape[1], None)
+    def length_class(self, length):
+        return ()
+
+    def length_matters(self, old, new):
+        return False
+
+    def __call__(self, ids, cache=None):
         self.calls += 1
         return torch.full((*ids.shape, 1), float(self.calls - 1))
 

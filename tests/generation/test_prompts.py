@@ -1,7 +1,7 @@
 """How prompts become token ids."""
 
 from tunesmith.data.tokenizer import Tokenizer, load_tokenizer
-from tunesmith.generation.engine import _encode
+from tunesmith.generation.completions import _encode
 
 
 def test_a_chat_prompt_asks_for_no_loss_mask(tiny_model, monkeypatch):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tunesmith.nn.attention import Sight, attend, block_mask, causal_mask
+from tunesmith.nn.attention import Sight, attend
+from tunesmith.nn.kernels import block_mask, causal_mask
 
 B, T, K = 2, 24, 16
 DOCUMENTS = torch.tensor([[0] * 7 + [1] * 10 + [2] * 3 + [-1] * 4, [0] * 24])
@@ -64,16 +65,16 @@ def test_compiled_masks_are_the_same(monkeypatch):
     """On CUDA they are compiled; the compiler serves a CPU, too. Other lengths and starts compile nothing anew in the end."""
     from torch._dynamo.utils import counters
 
-    from tunesmith.nn import attention
+    from tunesmith.nn import kernels
 
     torch.compiler.reset()
     cases = [(256, 0), (512, 0), (768, 0), (512, 256), (1000, 250), (600, 500), (900, 128), (700, 190), (1100, 300)]
-    compiled, builder = [], attention._compiled_mask_builder()
+    compiled, builder = [], kernels._compiled_mask_builder()
     for length, start in cases:
         documents = (torch.arange(length) // 97).expand(2, -1).contiguous()
         plain = block_mask(length, None, documents, 2, documents.device, start)
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "_plain_mask_builder", lambda: builder)
+            patch.setattr(kernels, "_plain_mask_builder", lambda: builder)
             built = block_mask(length, None, documents, 2, documents.device, start)
         compiled.append(counters["frames"]["ok"])
         names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices")

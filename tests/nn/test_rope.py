@@ -43,15 +43,17 @@ def test_rotation_has_the_right_gradient():
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), x)
 
 
-def test_lengths_are_each_rows_own():
+def test_lengths_are_each_tokens_own():
     rope = RopeConfig(kind="dynamic", factor=4.0, max_position_embeddings=8)
     rotary, positions = Rotary(rope, 8), torch.arange(4)[None]
-    both = rotary(positions, torch.tensor([5, 20]))
-    for row, length in enumerate((5, 20)):
-        assert torch.equal(both[0][row], rotary(positions, length)[0][0])
+    lengths = [5, 20, 5, 30]
+    each = rotary(positions, torch.tensor(lengths))
+    for place, length in enumerate(lengths):
+        assert torch.equal(each[0][0, place], rotary(positions, length)[0][0, place])
     assert torch.equal(rotary(positions, 8)[0], rotary(positions)[0])
     assert not torch.equal(rotary(positions, 9)[0], rotary(positions)[0])
-    assert rotary.changes(8, 9) and rotary.changes(9, 10) and not rotary.changes(4, 8) and not rotary.changes(0, 9)
+    assert len({rotary.length_class(length) for length in (9, 10, 4, 8)}) == 3
+    assert rotary.length_class(4) == rotary.length_class(8)
 
 
 def test_frequencies_are_made_on_the_cpu_under_meta():

@@ -360,7 +360,7 @@ def test_own_answers_follow_the_prompts_of_their_rows(tiny_model):
     batch = collate(rows, tokenizer.pad_id, False, 64)
     writer = OwnAnswers(tokenizer, start_mesh(torch.device("cpu")), 1.0, Sampling(max_new_tokens=9), 4, 18, 0)
     [made] = writer.of(model, [batch], 1)
-    said = tunesmith.generation.engine.generate_completions(
+    said = tunesmith.generation.completions.generate_completions(
         model, tokenizer, [ids[:12].tolist()], Sampling(max_new_tokens=9)
     )[0].ids
     whole = [*range(10, 22), *said]

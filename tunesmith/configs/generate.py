@@ -1,6 +1,7 @@
 """Options of `tune run generate`."""
 
 from dataclasses import field
+from typing import Any
 
 from tunesmith.configs._section import section
 from tunesmith.configs.shared import RunSettings, TokenizerConfig, below
@@ -42,8 +43,18 @@ class Generate(RunSettings):
     """Sample from tokens at least this likely relative to the likeliest."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that already occurred less likely (arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Lowers the logit of every token that was already generated; below 0 raises it."""
+    frequency_penalty: float = 0.0
+    """Lowers a token's logit by this for each time that it was already generated; below 0 raises it."""
     stop: list[str] = field(default_factory=list)
     """Strings that end the text."""
+    json_schema: str | dict[str, Any] | None = None
+    """Let the text be JSON that this schema allows: a file, or the schema itself."""
+    regex: str | None = None
+    """Let this regular expression match the whole text."""
+    grammar: str | None = None
+    """Let the text be of this grammar: a file, or the grammar itself, in Lark's syntax or as GBNF."""
     num_samples: int = 1
     """Continuations per prompt."""
     batch_size: int = 8
@@ -65,3 +76,6 @@ class Generate(RunSettings):
                 yield f"`{name}` must be above 0 and at most 1, got {value}"
         if self.repetition_penalty <= 0:
             yield f"`repetition_penalty` must be above 0, got {self.repetition_penalty}"
+        forms = [f"`{name}`" for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(forms) > 1:
+            yield f"{' and '.join(forms)} can't be combined: leave {'one' if len(forms) == 2 else 'two'} of them out"

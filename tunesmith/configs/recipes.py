@@ -54,6 +54,11 @@ RECIPES = {
         ),
         _recipe("generate", "Generate", "Generation: continue prompts or answer them."),
         _recipe(
+            "evaluate",
+            "Evaluate",
+            "Evaluation: scores on tasks of lm-evaluation-harness, perplexity of texts, models side by side.",
+        ),
+        _recipe(
             "quantize",
             "Quantize",
             "Quantization: round a trained model to 8 or 4 bits, for transformers and tunesmith.",
@@ -67,7 +72,6 @@ RECIPES = {
 LATER_RECIPES = {
     "ppo": "PPO",
     "grpo": "GRPO",
-    "evaluate": "evaluation",
 }
 
 LATER_OVERLAYS = {

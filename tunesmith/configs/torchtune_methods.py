@@ -72,7 +72,7 @@ ADAPTER_ARGUMENTS = (
 _SIGNS = {
     "reward_and_value_model": "PPO",
     "grpo_samples": "GRPO",
-    "tasks": "evaluation",
+    "tasks": "evaluate",
     "teacher_model": "distill",
     "kd_loss": "distill",
     "ref_checkpointer": "preference",
@@ -292,3 +292,20 @@ class Methods:
         is_off = "quantizer" in self.tree.value and self.tree.value["quantizer"].value is None
         if node.value is not None and not is_off:
             self.put("qat.fake_quant_after_n_steps", node)
+
+    # --- evaluation ---
+
+    def _max_seq_length(self, node: Node) -> None:
+        self.put("max_length" if self.recipe == "evaluate" else "max_seq_length", node)
+
+    def _chat_template(self, node: Node) -> None:
+        if self.recipe == "evaluate" and isinstance(node.value, bool):
+            self.put("apply_chat_template", node)
+        else:
+            self.put("chat_template", node)
+
+    def _resume_from_checkpoint(self, node: Node) -> None:
+        if self.recipe == "evaluate":
+            self.harmless("resume_from_checkpoint", node, (False, None))
+        else:
+            self.put("resume_from_checkpoint", node)

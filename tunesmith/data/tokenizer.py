@@ -48,9 +48,10 @@ class Tokenizer:
         """Folder or file it came from; its files are copied on save() as long as they still say the truth."""
         self.bos_id = self._id_of("bos_token")
         self.unk_id = self._id_of("unk_token")
-        self._model_eos_ids = tuple(eos_ids)
+        self.model_eos_ids = tuple(eos_ids)
+        """Ids that end a text as the model's own files have it; transformers stops at them."""
         eos = self._id_of("eos_token")
-        self.eos_id = eos if eos is not None else next(iter(self._model_eos_ids), None)
+        self.eos_id = eos if eos is not None else next(iter(self.model_eos_ids), None)
         pads = (self._id_of("pad_token"), self.eos_id, self.unk_id, 0)
         self.pad_id: int = next(number for number in pads if number is not None)
         self.chat_templates = chat_template
@@ -100,7 +101,7 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer: eos, the model's other eos ids, and the chat template's end of turn."""
-        ends = {self.eos_id, *self._model_eos_ids}
+        ends = {self.eos_id, *self.model_eos_ids}
         if self.chat_templates is not None:
             last = self.backend.encode(self._chat(False).end_of_turn.strip(), add_special_tokens=False).ids[-1:]
             ends.update(number for number in last if number in self.backend.get_added_tokens_decoder())
@@ -120,7 +121,7 @@ class Tokenizer:
         return count
 
     def _forget(self) -> None:
-        for name in ("vocab_size", "special_ids", "stop_ids", "fingerprint"):
+        for name in ("vocab_size", "special_ids", "stop_ids", "fingerprint", "derived"):
             self.__dict__.pop(name, None)
         self._chats.clear()
 
@@ -213,12 +214,17 @@ class Tokenizer:
             source = choose_template(self.chat_templates, with_tools, self.chat_template_name)
             specials = {token.content for token in self.backend.get_added_tokens_decoder().values()}
             ends = {
-                self.backend.id_to_token(number) for number in (self.eos_id, *self._model_eos_ids) if number is not None
+                self.backend.id_to_token(number) for number in (self.eos_id, *self.model_eos_ids) if number is not None
             }
             self._chats[with_tools] = ChatTemplate(
                 source, self.chat_template_name, self.tokens, specials, filter(None, ends)
             )
         return self._chats[with_tools]
+
+    @cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What others have made from this tokenizer and keep as long as it does not change."""
+        return {}
 
     # Files ---------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
@@ -33,8 +34,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """Per token: exp of the mean; infinite where that is beyond what a float holds."""
-        mean = self.nll / self.tokens
-        return math.exp(mean) if mean < 700 else math.inf
+        return bounded_exp(self.nll / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
@@ -42,12 +42,22 @@ class Perplexity:
         return self.nll / math.log(2) / self.bytes
 
 
+def bounded_exp(value: float) -> float:
+    """exp; infinite where that is beyond what a float holds."""
+    return math.exp(value) if value < 700 else math.inf
+
+
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """Tokens that the model reads together: ids[:-1] are read, and the last `scored` of ids[1:] are what is predicted."""
 
     ids: list[int]
     scored: int
+
+    @property
+    def labels(self) -> list[int]:
+        """For each token that is read: the one to predict, or -100."""
+        return [IGNORED] * (len(self.ids) - 1 - self.scored) + self.ids[len(self.ids) - self.scored :]
 
 
 def perplexity(
@@ -69,54 +79,63 @@ def perplexity(
 
     Raises UserError where there is nothing to score or a number is out of range.
     """
-    _check(model, max_length, max_length if stride is None else stride)
-    size = nll = tokens = 0
-    windows: list[_Window] = []
+    check_windows(model, max_length, stride)
+    size = tokens = 0
+    nll = 0.0
 
-    def read() -> Iterator[list[int]]:
+    def read() -> Iterator[Window]:
         nonlocal size
         for text in texts:
             size += len(text.encode())
-            for window in _windows(tokenizer.encode(text), max_length, max_length if stride is None else stride):
-                windows.append(window)
-                yield window.ids[:-1]
+            yield from windows(tokenizer.encode(text), max_length, stride)
+
+    for losses in window_losses(model, read(), batch_tokens):
+        tokens += len(losses)
+        nll += losses.double().sum().item()
+    if tokens == 0:
+        raise UserError("perplexity: the texts have no token after a first one, so there is nothing to score")
+    return Perplexity(nll, tokens, size)
+
+
+def check_windows(model: CausalLM, max_length: int, stride: int | None) -> None:
+    """Raise UserError for windows that the model can't read, or that leave gaps."""
+    context = model.config.context_length
+    if not 1 <= max_length <= context:
+        raise UserError(f"perplexity: windows of {max_length} tokens; the model's context allows 1 to {context}")
+    if stride is not None and not 1 <= stride <= max_length:
+        raise UserError(f"perplexity: a stride of {stride} tokens; with windows of {max_length} it can be 1 to that")
+
+
+def windows(ids: list[int], max_length: int, stride: int | None = None) -> Iterator[Window]:
+    """Cut one text's ids: each but the first is scored in one window, in their order."""
+    done = 1
+    for start in range(0, len(ids), stride or max_length):
+        if done >= len(ids):
+            return
+        end = min(start + max_length + 1, len(ids))
+        yield Window(ids[start:end], end - done)
+        done = end
+
+
+def window_losses(model: CausalLM, of: Iterable[Window], batch_tokens: int = 4096) -> Iterator[Tensor]:
+    """-log p of each window's scored tokens, (scored,) float32 on the host, in the windows' order."""
+    waiting: list[Window] = []
+
+    def read() -> Iterator[list[int]]:
+        for window in of:
+            waiting.append(window)
+            yield window.ids[:-1]
 
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for hidden, lengths in packed_hidden(model, read(), batch_tokens):
-                labels = torch.tensor([label for window in windows[: len(lengths)] for label in _labels(window)])
-                log_probs = model.lm_head.log_probs(hidden[None], labels[None].to(hidden.device))
-                nll -= log_probs.double().sum().item() if log_probs.device.type != "mps" else log_probs.sum().item()
-                tokens += sum(window.scored for window in windows[: len(lengths)])
-                del windows[: len(lengths)]
+                batch = waiting[: len(lengths)]
+                del waiting[: len(lengths)]
+                labels = torch.tensor([label for window in batch for label in window.labels], device=hidden.device)
+                losses = -model.lm_head.log_probs(hidden[None], labels[None])[0].cpu()
+                yield from losses[labels.cpu() != IGNORED].split([window.scored for window in batch])
     finally:
         let_go(model)
         model.train(was_training)
-    if tokens == 0:
-        raise UserError("perplexity: the texts have no token after a first one, so there is nothing to score")
-    return Perplexity(nll, tokens, size)
-
-
-def _check(model: CausalLM, max_length: int, stride: int) -> None:
-    context = model.config.context_length
-    if not 1 <= max_length <= context:
-        raise UserError(f"perplexity: windows of {max_length} tokens; the model's context allows 1 to {context}")
-    if not 1 <= stride <= max_length:
-        raise UserError(f"perplexity: a stride of {stride} tokens; with windows of {max_length} it can be 1 to that")
-
-
-def _windows(ids: list[int], max_length: int, stride: int) -> Iterator[_Window]:
-    """Cut one text's ids; each but the first is scored in one window only."""
-    done = 1
-    for start in range(0, len(ids), stride):
-        if done >= len(ids):
-            return
-        end = min(start + max_length + 1, len(ids))
-        yield _Window(ids[start:end], end - done)
-        done = end
-
-
-def _labels(window: _Window) -> list[int]:
-    return [IGNORED] * (len(window.ids) - 1 - window.scored) + window.ids[len(window.ids) - window.scored :]

@@ -17,7 +17,10 @@ from tunesmith.export.source import Source
 WRITERS = {
     "safetensors": "tunesmith.export.repository:export_repository",
     "adapter": "tunesmith.export.adapter:export_adapter",
-    "gguf": "tunesmith.export.gguf:export_gguf",
+    "gguf": "tunesmith.export.gguf.write:export_gguf",
+    "torch_export": "tunesmith.export.torch_export:export_torch",
+    "executorch": "tunesmith.export.executorch:export_executorch",
+    "onnx": "tunesmith.export.onnx:export_onnx",
 }
 """Format -> its function, imported only when it is asked for: each needs other libraries."""
 

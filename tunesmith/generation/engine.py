@@ -1,317 +1,372 @@
-"""Generation: prompts in batches through the model and its cache, token by token.
+"""The engine: sequences join and leave between passes of the model, each with its own sampling and its own random numbers.
 
-B sequences, T tokens, V vocabulary.
+B sequences that go on, R rows of logits, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
 
-import itertools
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
+from tunesmith.generation.reader import Memory, Reader
 from tunesmith.generation.sampling import Sampling, choose, uniforms
 from tunesmith.generation.text import TextStream, continuation_text
 from tunesmith.models.decoder import CausalLM
-from tunesmith.models.families import check_speaks
-from tunesmith.models.family import DecoderConfig
-from tunesmith.models.score import ScoreModel
-from tunesmith.nn.kv_cache import KVCache
-from tunesmith.nn.part import let_go
-
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
-"""Text, token ids, or the messages of a conversation."""
 
 
-@dataclass
-class Completion:
-    """One continuation of one prompt."""
+@dataclass(eq=False)
+class Writing:
+    """One sequence: a prompt, and what is written after it."""
 
-    text: str
-    """Without special tokens, cut before a stop string."""
-    ids: list[int]
-    """All generated tokens, the stop token included."""
-    finish_reason: Literal["stop", "length"]
-    """stop: a stop token or stop string came; length: max_new_tokens or the end of the context."""
-    log_probs: list[float] | None
-    """Of each of `ids` under the model itself, where they were asked for."""
-    prompt_ids: list[int]
-    """The prompt's tokens."""
-
-
-def generate(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt] | str,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    *,
-    batch_size: int = 8,
-    chat: bool | None = False,
-    on_text: Callable[[int, str], None] | None = None,
-    **sampling: Any,
-) -> list[str]:
-    """The continuations of `prompts` as text, one string a prompt (num_samples strings a prompt, those of one prompt together).
-
-    Args:
-        prompts: texts, lists of token ids, or conversations (lists of messages), which are answered.
-        temperature: 0 always takes the likeliest token.
-        batch_size: sequences generated at a time.
-        chat: put texts through the chat template as a user's message; None: where the tokenizer has one.
-        on_text: called with (index of the string in the result, piece of text) as text comes.
-        sampling: further fields of tunesmith.generation.sampling.Sampling: top_k, top_p, min_p, repetition_penalty, stop, seed, …
-    """
-    options = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, **sampling)
-    several: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
-    return [
-        completion.text
-        for completion in generate_completions(model, tokenizer, several, options, batch_size, chat, on_text)
-    ]
-
-
-def generate_completions(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    batch_size: int = 8,
-    chat: bool | None = None,
-    on_text: Callable[[int, str], None] | None = None,
-    agree: Callable[[Tensor], Tensor] | None = None,
-) -> list[Completion]:
-    """Like `generate`, with tokens, reasons and log-probabilities: sampling.num_samples completions a prompt, in the prompts' order.
-
-    agree: given the tokens (B,) chosen here, those that all ranks take which generate the same together: what is rounded
-    another way somewhere must not lead them apart.
-
-    A sequence's text does not depend on what else is generated (but for rounding: cached rows of a batch agree with single ones to about 1e-6).
-    Raises UserError for a prompt that is empty or longer than the model's context, and for a model whose head gives scores.
-    """
-    if isinstance(model, ScoreModel):
-        check_speaks(model.family, model.hf_config, "this model")
-    seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-    encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
-    for index, ids in enumerate(encoded):
-        _check_prompt(index, ids, model.config)
-    sequences = [
-        _Sequence(
-            index * sampling.num_samples + sample,
-            ids,
-            _room(ids, sampling, model.config),
-            uniforms(seed, index, sample, sampling.max_new_tokens),
-        )
-        for index, ids in enumerate(encoded)
-        for sample in range(sampling.num_samples)
-    ]
-    by_length = sorted(sequences, key=lambda sequence: -len(sequence.prompt) if batch_size > 1 else 0)  # little padding
-    engine = _Engine(model, tokenizer, sampling, on_text, agree)
-    was_training = model.training
-    model.eval()
-    # What `fully_shard` gathers into must not become inference tensors: training could not use them again.
-    is_sharded = any(hasattr(module, "unshard") for module in model.modules())
-    try:
-        with torch.no_grad() if is_sharded else torch.inference_mode():
-            for batch in _groups(by_length, batch_size):
-                engine.run(batch)
-    finally:
-        let_go(model)
-        model.train(was_training)
-    return [sequence.completion(tokenizer) for sequence in sequences]
-
-
-@dataclass
-class _Sequence:
-    """One continuation in the making."""
-
-    index: int
-    """Of the completion in the result."""
     prompt: list[int]
-    room: int
-    """Tokens it may have."""
-    uniforms: Tensor
-    """(max_new_tokens,) its own random numbers."""
+    sampling: Sampling
+    index: int = 0
+    """What it is called by whoever asked for it."""
+    numbers: list[float] = field(default_factory=list)
+    """In [0, 1): its own random ones, one a token; empty where none are drawn."""
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] | None = None
     text: TextStream | None = None
     """Only where text is needed while tokens come."""
     finish_reason: Literal["stop", "length"] | None = None
     has_stop_token: bool = False
+    room: int = 0
+    """Tokens it may have."""
+    score_from: int | None = None
+    """Set where nothing is to be written: the prompt's log-probabilities are asked for from this token on."""
+    scores: list[tuple[float, bool]] = field(default_factory=list)
+    """Of each of those tokens, and whether it is the likeliest."""
+    memory: Memory = field(init=False)
 
-    def completion(self, tokenizer: Tokenizer) -> Completion:
-        assert self.finish_reason is not None
-        spoken = self.ids[:-1] if self.has_stop_token else self.ids
-        text = self.text.text if self.text is not None else continuation_text(tokenizer, self.prompt, spoken)
-        return Completion(text, self.ids, self.finish_reason, self.log_probs, self.prompt)
+    def __post_init__(self):
+        self.memory = Memory(list(self.prompt))
+
+    @property
+    def spoken(self) -> list[int]:
+        """Without the stop token."""
+        return self.ids[:-1] if self.has_stop_token else self.ids
+
+    def whole_text(self, tokenizer: Tokenizer) -> str:
+        return self.text.text if self.text is not None else continuation_text(tokenizer, self.prompt, self.spoken)
 
 
-class _Engine:
-    """Runs groups of sequences from prompt to end; a finished one leaves its group."""
+class Drafter(Protocol):
+    """Guesses what comes next, for the model to check: right guesses cost no pass of their own, wrong ones change nothing."""
+
+    def guess(self, writings: Sequence[Writing], limits: Sequence[int]) -> list[list[int]]:
+        """For each sequence up to its limit of tokens."""
+        ...
+
+    def leave(self, writing: Writing) -> None:
+        """The sequence is not asked about any more, or from the start."""
+        ...
+
+
+class Engine:
+    """Continuous batching over a paged cache (arXiv 2309.06180): every pass reads one token of each sequence that goes on, and prompts in chunks.
+
+    A sequence's tokens do not depend on what else is generated (but for rounding: rows of another pass agree to about 1e-6).
+    """
 
     def __init__(
         self,
         model: CausalLM,
-        tokenizer: Tokenizer,
-        sampling: Sampling,
-        on_text: Callable[[int, str], None] | None,
-        agree: Callable[[Tensor], Tensor] | None,
+        tokenizer: Tokenizer | None,
+        batch_size: int = 8,
+        cache_tokens: int | None = None,
+        chunk_size: int = 1024,
+        shares: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
+        drafter: Drafter | None = None,
     ):
-        self.model, self.tokenizer, self.sampling, self.on_text = model, tokenizer, sampling, on_text
-        self.agree = agree or (lambda tokens: tokens)
-        self.device, self.dtype = model.model.device, model.model.compute_dtype
-        self.stop_ids = frozenset(tokenizer.stop_ids if sampling.stop_ids is None else sampling.stop_ids)
+        """
+        Args:
+            tokenizer: needed for stop tokens and stop strings.
+            batch_size: sequences that are written at a time.
+            cache_tokens: tokens whose keys and values are held, prompts included; None: as many as batch_size of the model's context.
+            chunk_size: tokens of prompts that a pass may read beside the sequences that go on.
+            shares: what sequences begin with alike is read once.
+            on_text: called with (index, piece of text) as text comes.
+            agree: given the tokens chosen here, those that all ranks take which generate the same together: what is rounded
+                another way somewhere must not lead them apart.
+        """
+        if cache_tokens is None:
+            cache_tokens = batch_size * model.config.context_length
+        self.model, self.tokenizer, self.batch_size, self.chunk_size = model, tokenizer, batch_size, chunk_size
+        self.reader = Reader(model, cache_tokens, shares)
+        self.on_text, self.agree, self.drafter = on_text, agree or (lambda tokens: tokens), drafter
+        self.waiting: deque[Writing] = deque()
+        self.running: list[Writing] = []
+        self._finished: list[Writing] = []
 
-    def run(self, sequences: list[_Sequence]) -> None:
-        for sequence in sequences:
-            sequence.log_probs = [] if self.sampling.log_probs else None
-            if self.on_text is not None or self.sampling.stop:
-                sequence.text = TextStream(self.tokenizer, sequence.prompt, self.sampling.stop)
-        logits, cache = self._read_prompts(sequences)
-        seen = self._seen(sequences)
-        numbers = self._numbers(sequences)
-        for step in itertools.count():
-            tokens = self._choose(sequences, logits, numbers[:, step] if numbers is not None else None, seen)
-            going = [
-                row
-                for row, (sequence, token) in enumerate(zip(sequences, tokens.tolist()))
-                if self._add(sequence, token)
-            ]
-            if not going:
-                return
-            if len(going) < len(sequences):
-                rows = torch.tensor(going, device=self.device)
-                sequences, tokens = [sequences[row] for row in going], tokens[rows]
-                numbers, seen = (None if part is None else part[rows] for part in (numbers, seen))
-                cache.select(rows)
-            if seen is not None:
-                seen[torch.arange(len(tokens), device=self.device), tokens] = True
-            logits = self._logits(self.model(tokens[:, None], cache=cache)[:, -1])
+    def add(self, writing: Writing) -> None:
+        """Raises UserError where the cache can't hold it."""
+        sampling = writing.sampling
+        writing.room = min(sampling.max_new_tokens, self.model.config.context_length - len(writing.prompt))
+        longest = len(writing.prompt) + (writing.room if writing.score_from is None else 0)
+        if self.reader.needed(longest) > self.reader.pool.num_blocks:
+            held = self.reader.pool.num_blocks * self.reader.pool.block_size
+            raise UserError(
+                f"a sequence may come to {longest} tokens, but the cache holds {held}: raise `cache_tokens`, or lower `max_new_tokens`"
+            )
+        if sampling.log_probs:
+            writing.log_probs = []
+        if self.on_text is not None or sampling.stop:
+            assert self.tokenizer is not None
+            writing.text = TextStream(self.tokenizer, writing.prompt, sampling.stop)
+        self.waiting.append(writing)
 
-    def _read_prompts(self, sequences: list[_Sequence]) -> tuple[Tensor, KVCache]:
-        """Logits (B, V) after each prompt, and the cache; samples of one prompt read it once."""
-        prompts = list({id(sequence.prompt): sequence.prompt for sequence in sequences}.values())
-        cache = KVCache(
-            self.model.config, len(prompts), max(len(s.prompt) + s.room for s in sequences), self.dtype, self.device
-        )
-        last = torch.cat([self._read(prompts[rows], cache.part(rows)) for rows in _similar(prompts)])
-        cache.length = torch.tensor([len(prompt) for prompt in prompts])
-        rows_of = {id(prompt): row for row, prompt in enumerate(prompts)}
-        rows = torch.tensor([rows_of[id(sequence.prompt)] for sequence in sequences], device=self.device)
-        if len(prompts) < len(sequences):
-            cache.select(rows)
-        return self._logits(last)[rows], cache
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.waiting or self.running)
 
-    def _read(self, prompts: list[list[int]], cache: KVCache) -> Tensor:
-        """Fill an empty cache. Hidden states (B, D) of the prompts' last tokens."""
-        longest = max(map(len, prompts))
-        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        positions = torch.arange(longest, device=self.device).expand_as(ids)
-        is_ragged = any(len(prompt) < longest for prompt in prompts)
-        hidden = self.model(
-            ids, positions=positions.where(positions < lengths[:, None], -1) if is_ragged else None, cache=cache
-        )
-        return hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
+    def step(self) -> list[Writing]:
+        """One pass of the model; the sequences that ended with it."""
+        self._finished = []
+        self._admit()
+        steps = self._next_steps()
+        chunks = self._next_chunks()
+        if not steps and not chunks:
+            return self._finished
+        hidden = self.reader.read([(one.memory, new) for one, new in steps], [(one.memory, n) for one, n in chunks])
+        self._take(steps, chunks, hidden)
+        return self._finished
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head.logits(hidden).float()
+    def remove(self, writing: Writing) -> None:
+        """Drop a sequence, wherever it is."""
+        if writing in self.waiting:
+            self.waiting.remove(writing)
+        if writing in self.running:
+            self._leave(writing)
 
-    def _seen(self, sequences: list[_Sequence]) -> Tensor | None:
-        """(B, V) tokens of the prompts, where they are penalized."""
-        if self.sampling.repetition_penalty == 1:
-            return None
-        seen = torch.zeros(len(sequences), self.model.config.vocab_size, dtype=torch.bool)
-        for row, sequence in zip(seen, sequences):
-            row[sequence.prompt] = True
-        return seen.to(self.device)
+    # --- what the next pass reads -----------------------------------------------------------------
 
-    def _numbers(self, sequences: list[_Sequence]) -> Tensor | None:
-        """(B, max_new_tokens) each sequence's random numbers, where it draws."""
-        if self.sampling.temperature == 0:
-            return None
-        numbers = torch.stack([sequence.uniforms for sequence in sequences])
-        return (numbers.float() if self.device.type == "mps" else numbers).to(self.device)
+    def _admit(self) -> None:
+        """Let waiting sequences in, in their order, while there is room; those that begin like one that is being read wait for it."""
+        passed: list[Writing] = []
+        while self.waiting and len(self.running) < self.batch_size:
+            writing = self.waiting.popleft()
+            if self._follows(writing):
+                passed.append(writing)
+                continue
+            self.reader.begin(writing.memory, self.reader.blocks.shares)
+            # A block for each sequence that goes on is left over, or they would soon be put off again.
+            spare = len(self.running) + 1
+            if self.running and self._missing(writing) + spare > self.reader.blocks.available:
+                self.reader.forget(writing.memory)
+                passed.append(writing)
+                break
+            self.running.append(writing)
+        self.waiting.extendleft(reversed(passed))
 
-    def _choose(
-        self, sequences: list[_Sequence], logits: Tensor, numbers: Tensor | None, seen: Tensor | None
-    ) -> Tensor:
-        tokens = self.agree(choose(logits, self.sampling, numbers, seen))
-        if self.sampling.log_probs:
-            values = (logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)).tolist()
-            for sequence, value in zip(sequences, values):
-                assert sequence.log_probs is not None
-                sequence.log_probs.append(value)
+    def _missing(self, writing: Writing) -> int:
+        return self.reader.needed(len(writing.memory.ids)) - len(writing.memory.table)
+
+    def _follows(self, writing: Writing) -> bool:
+        """Whether a running sequence is about to have read more of what this one begins with than is known now."""
+        if not self.reader.blocks.shares:
+            return False
+        mine, size = writing.memory.ids, self.reader.pool.block_size
+        known = None
+        for other in self.running:
+            theirs = other.memory.ids
+            if other.memory.unread <= 1 or (mine[:size] != theirs[:size] and mine != theirs):
+                continue
+            alike = _alike(mine, theirs)
+            known = self.reader.known_of(writing.memory) if known is None else known
+            coming = alike - 1 if mine == theirs else min(alike, len(mine) - 1) // size * size
+            if coming > known:
+                return True
+        return False
+
+    def _next_steps(self) -> list[tuple[Writing, list[int]]]:
+        """Sequences that have one unread token, with it and what is guessed to follow."""
+        for writing in self.running:
+            if self.reader.outdated(writing.memory):
+                self.reader.forget(writing.memory)
+        ready = [one for one in self.running if one.memory.unread == 1 and one.memory.read and one.score_from is None]
+        guesses = self._guesses(ready)
+        steps: list[tuple[Writing, list[int]]] = []
+        for writing, guess in zip(ready, guesses):
+            if writing not in self.running:  # put off for one before it
+                continue
+            if guess and not self.reader.grow(writing.memory, len(writing.memory.ids) + len(guess)):
+                guess = []
+            if self._make_room(writing, len(writing.memory.ids)):
+                steps.append((writing, [writing.memory.ids[-1], *guess]))
+        return [(writing, new) for writing, new in steps if writing in self.running]
+
+    def _guesses(self, ready: list[Writing]) -> list[list[int]]:
+        """None for sequences whose choice hangs on what was chosen before."""
+        if self.drafter is None or self.model.config.depends_on_length:
+            return [[] for _ in ready]
+        limits = [one.room - len(one.ids) - 1 if one.sampling.repetition_penalty == 1 else 0 for one in ready]
+        return self.drafter.guess(ready, limits)
+
+    def _next_chunks(self) -> list[tuple[Writing, int]]:
+        """Unread parts of prompts, the first ones first."""
+        left = self.chunk_size
+        chunks = []
+        for writing in list(self.running):
+            memory = writing.memory
+            if writing not in self.running or (memory.unread <= 1 and memory.read and writing.score_from is None):
+                continue
+            count = min(memory.unread, left)
+            if count and self._make_room(writing, memory.read + count):
+                chunks.append((writing, count))
+                left -= count
+        return [(writing, count) for writing, count in chunks if writing in self.running]
+
+    def _make_room(self, writing: Writing, length: int) -> bool:
+        """Blocks for `length` tokens, if need be from sequences that came later, which start again; False if it is put off itself."""
+        while not self.reader.grow(writing.memory, length):
+            last = self.running[-1]
+            self._leave(last)
+            self.waiting.appendleft(last)
+            if last is writing:
+                return False
+        return True
+
+    def _leave(self, writing: Writing) -> None:
+        self.running.remove(writing)
+        self.reader.forget(writing.memory)
+        if self.drafter is not None:
+            self.drafter.leave(writing)
+
+    # --- what comes of it ------------------------------------------------------------------------
+
+    def _take(self, steps: list[tuple[Writing, list[int]]], chunks: list[tuple[Writing, int]], hidden: Tensor) -> None:
+        """Choose tokens from a pass's hidden states (L, D)."""
+        width = max((len(new) for _, new in steps), default=0)
+        asked: list[tuple[Writing, list[int]]] = []  # sequences, and what was guessed to follow
+        rows: list[int] = []
+        for row, (writing, new) in enumerate(steps):
+            rows += range(row * width, row * width + len(new))
+            asked.append((writing, new[1:]))
+            writing.memory.read += 1
+        start = len(steps) * width
+        for writing, count in chunks:
+            if writing.score_from is not None:
+                self._score(writing, count, hidden[start : start + count])
+            start += count
+            writing.memory.read += count
+            done = writing.memory.unread == 0
+            if not writing.ids:
+                self.reader.tell(writing.memory, writing.memory.read, done)
+            if done and writing.score_from is not None:
+                self._end(writing)
+            elif done:
+                rows.append(start - 1)
+                asked.append((writing, []))
+        if not rows:
+            return
+        wanted = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=hidden.device)]
+        self._write(asked, self.model.lm_head.logits(wanted).float())
+
+    def _write(self, asked: list[tuple[Writing, list[int]]], logits: Tensor) -> None:
+        """logits (R, V): after each sequence, and after each of its guesses."""
+        owners = [(writing, place) for writing, guess in asked for place in range(len(guess) + 1)]
+        chosen = self.agree(self._choose(owners, logits))
+        values = None
+        if any(writing.log_probs is not None for writing, _ in asked):
+            values = (logits.gather(-1, chosen[:, None]).squeeze(-1) - logits.logsumexp(-1)).tolist()
+        tokens = chosen.tolist()
+        row = 0
+        for writing, guess in asked:
+            for place in range(len(guess) + 1):
+                token = tokens[row + place]
+                if writing.log_probs is not None and values is not None:
+                    writing.log_probs.append(values[row + place])
+                if not self._add(writing, token):
+                    break
+                if place == len(guess) or guess[place] != token:
+                    break
+                writing.memory.read += 1  # the guess was read already
+            row += len(guess) + 1
+
+    def _choose(self, owners: list[tuple[Writing, int]], logits: Tensor) -> Tensor:
+        """Tokens (R,)."""
+        tokens = torch.empty(len(owners), dtype=torch.int64, device=logits.device)
+        for sampling in {id(writing.sampling): writing.sampling for writing, _ in owners}.values():
+            mine = [row for row, (writing, _) in enumerate(owners) if writing.sampling is sampling]
+            numbers = None
+            if sampling.temperature > 0:
+                drawn = [owners[row][0].numbers[len(owners[row][0].ids) + owners[row][1]] for row in mine]
+                kind = torch.float32 if logits.device.type == "mps" else torch.float64
+                numbers = torch.tensor(drawn, dtype=kind, device=logits.device)
+            seen = None
+            if sampling.repetition_penalty != 1:
+                seen = torch.zeros(len(mine), logits.shape[-1], dtype=torch.bool)
+                for place, row in enumerate(mine):
+                    seen[place, owners[row][0].memory.ids] = True
+                seen = seen.to(logits.device)
+            which = torch.tensor(mine, device=logits.device)
+            tokens[which] = choose(logits[which], sampling, numbers, seen)
         return tokens
 
-    def _add(self, sequence: _Sequence, token: int) -> bool:
+    def _add(self, writing: Writing, token: int) -> bool:
         """Take a token; whether the sequence goes on."""
-        sequence.ids.append(token)
-        if token in self.stop_ids:
-            sequence.finish_reason, sequence.has_stop_token = "stop", True
-        elif sequence.text is not None:
-            self._tell(sequence, sequence.text.add(token))
-            if sequence.text.is_stopped:
-                sequence.finish_reason = "stop"
-        if sequence.finish_reason is None and len(sequence.ids) == sequence.room:
-            sequence.finish_reason = "length"
-        if sequence.finish_reason is not None and sequence.text is not None:
-            self._tell(sequence, sequence.text.finish())
-        return sequence.finish_reason is None
+        writing.ids.append(token)
+        writing.memory.ids.append(token)
+        stop_ids = writing.sampling.stop_ids
+        if stop_ids is None:
+            stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
+        if token in stop_ids:
+            writing.finish_reason, writing.has_stop_token = "stop", True
+        elif writing.text is not None:
+            self._tell(writing, writing.text.add(token))
+            if writing.text.is_stopped:
+                writing.finish_reason = "stop"
+        if writing.finish_reason is None and len(writing.ids) == writing.room:
+            writing.finish_reason = "length"
+        if writing.finish_reason is None:
+            return True
+        if writing.text is not None:
+            self._tell(writing, writing.text.finish())
+        self._end(writing)
+        return False
 
-    def _tell(self, sequence: _Sequence, piece: str) -> None:
+    def _end(self, writing: Writing) -> None:
+        self._leave(writing)
+        self._finished.append(writing)
+
+    def _score(self, writing: Writing, count: int, hidden: Tensor) -> None:
+        """Take the log-probabilities of the tokens that follow a chunk's hidden states (count, D)."""
+        assert writing.score_from is not None
+        first = max(writing.score_from - 1, writing.memory.read)
+        labels = writing.prompt[first + 1 : writing.memory.read + count + 1]
+        if not labels:
+            return
+        start = first - writing.memory.read
+        logits = self.model.lm_head.precise_logits(hidden[start : start + len(labels)])
+        wanted = torch.tensor(labels, device=logits.device)[:, None]
+        values = logits.gather(-1, wanted).squeeze(-1) - logits.logsumexp(-1)
+        likeliest = logits.argmax(-1) == wanted.squeeze(-1)
+        writing.scores += zip(values.tolist(), likeliest.tolist())
+
+    def _tell(self, writing: Writing, piece: str) -> None:
         if piece and self.on_text is not None:
-            self.on_text(sequence.index, piece)
+            self.on_text(writing.index, piece)
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None) -> list[int]:
-    if isinstance(prompt, str):
-        if chat or (chat is None and tokenizer.chat_template is not None):
-            return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
-        ids = tokenizer.encode(prompt)
-        return ids or ([tokenizer.bos_id] if tokenizer.bos_id is not None else [])
-    if isinstance(prompt, dict):
-        raise UserError(
-            "a prompt is a text, a list of token ids or a list of messages, got one message: put it in a list"
-        )
-    if prompt and isinstance(prompt[0], dict):
-        return tokenizer.encode_prompt(list(prompt))  # type: ignore[arg-type]
-    return [int(number) for number in prompt]  # type: ignore[arg-type]
+def random_numbers(sampling: Sampling, seed: int, prompt: int, sample: int) -> list[float]:
+    """What a sequence draws with: the same whatever else is generated."""
+    if sampling.temperature == 0:
+        return []
+    return uniforms(seed, prompt, sample, sampling.max_new_tokens).tolist()
 
 
-def _check_prompt(index: int, ids: list[int], config: DecoderConfig) -> None:
-    context = config.context_length
-    if not ids:
-        raise UserError(
-            f"prompt {index} has no tokens, and the tokenizer has no start token to begin with: write something"
-        )
-    if len(ids) >= context:
-        raise UserError(
-            f"prompt {index} has {len(ids)} tokens, but the model's context holds {context} with the answer: shorten it"
-        )
-    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
-        raise UserError(
-            f"prompt {index} holds a token id outside the model's {config.vocab_size}: is this the model's tokenizer?"
-        )
-
-
-def _room(ids: list[int], sampling: Sampling, config: DecoderConfig) -> int:
-    return min(sampling.max_new_tokens, config.context_length - len(ids))
-
-
-def _similar(prompts: list[list[int]]) -> Iterator[slice]:
-    """Neighbours to be read together, so that not much of it is padding: none is shorter than 3/4 of its group's first."""
-    start = 0
-    for end in range(1, len(prompts) + 1):
-        if end == len(prompts) or len(prompts[end]) < 0.75 * len(prompts[start]):
-            yield slice(start, end)
-            start = end
-
-
-def _groups(sequences: list[_Sequence], size: int) -> Iterator[list[_Sequence]]:
-    for start in range(0, len(sequences), size):
-        yield sequences[start : start + size]
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens the two begin with alike."""
+    for place, (a, b) in enumerate(zip(one, other)):
+        if a != b:
+            return place
+    return min(len(one), len(other))

@@ -17,7 +17,7 @@ from torch import Tensor
 from tunesmith.data.batch import IGNORED, Batch
 from tunesmith.data.collate import EMPTY_ROW, TokenRow, collate
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.generation.engine import generate_completions
+from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.mesh import Mesh

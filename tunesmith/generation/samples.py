@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.generation.engine import generate_completions
+from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models.decoder import CausalLM
 

@@ -6,15 +6,19 @@ B sequences, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tunesmith.generation.constraints import Constraint
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """What generation does with the model's distribution. Steps apply in this order: repetition penalty, temperature, top-k, top-p, min-p."""
+    """What generation does with the model's distribution. Steps apply in this order: penalties, bias, constraint, temperature, top-k, top-p, min-p."""
 
     max_new_tokens: int = 256
     """Longest continuation in tokens."""
@@ -28,6 +32,14 @@ class Sampling:
     """Keep tokens at least this likely relative to the likeliest (arXiv 2407.01082)."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that occur in the prompt or the text less likely (arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Lowers the logit of every token that was already generated (OpenAI's); below 0 raises it."""
+    frequency_penalty: float = 0.0
+    """Lowers a token's logit by this for each time that it was already generated (OpenAI's); below 0 raises it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Added to the logits of these tokens."""
+    constraint: Constraint | None = None
+    """The form that the text must have."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are cut off."""
     stop_ids: tuple[int, ...] | None = None
@@ -39,20 +51,29 @@ class Sampling:
     log_probs: bool = False
     """Return each token's log-probability under the model itself (temperature 1, nothing filtered)."""
 
+    @property
+    def is_penalized(self) -> bool:
+        """Whether what comes depends on what occurred."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
     def __post_init__(self):
-        for name in ("max_new_tokens", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` can't be negative, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, got {self.top_k}")
+        for name in ("max_new_tokens", "num_samples", "top_k"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"`temperature` must be a number that is not negative, got {self.temperature}")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"`{name}` must be above 0 and at most 1, got {value}")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"`repetition_penalty` must be positive, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` must be a number, got {getattr(self, name)}")
+        for token, value in self.logit_bias.items():
+            if token < 0 or not math.isfinite(value):
+                raise ValueError(f"`logit_bias` must give tokens' ids a number each, got {token}: {value}")
         if isinstance(self.stop, str):
             raise ValueError(f"`stop` is a list of strings, got one string: write [{self.stop!r}]")
         if not all(self.stop):

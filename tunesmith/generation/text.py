@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tunesmith.data.tokenizer import Tokenizer
 
-_CONTEXT = 8
+CONTEXT = 8
 """Tokens of the prompt that are decoded along: whether a word's first token brings a space depends on what stands before it."""
 
 
@@ -20,7 +20,7 @@ class TextStream:
         """Whether a stop string came."""
         self._stop, self._given = tuple(stop), 0
         self._decoder = tokenizer.stream_decoder()
-        for number in prompt[-_CONTEXT:]:
+        for number in prompt[-CONTEXT:]:
             self._decoder.add(number)
 
     def add(self, number: int) -> str:
@@ -56,6 +56,6 @@ class TextStream:
 
 def continuation_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text of `ids` after `prompt`, decoded at once; the same as a TextStream gives piece by piece."""
-    context = list(prompt[-_CONTEXT:])
+    context = list(prompt[-CONTEXT:])
     before, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids])
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.models.weights import Drop, Operator
-from tunesmith.nn.attention import Attention, Sight, block_mask, cache_mask, causal_mask, chunk_mask
+from tunesmith.nn.attention import Attention, Sight
 from tunesmith.nn.head import Head
-from tunesmith.nn.kv_cache import KVCache
+from tunesmith.nn.kernels import block_mask, causal_mask, chunk_mask
+from tunesmith.nn.kv_cache import KVCache, Pass
 from tunesmith.nn.mlp import GatedMLP
 from tunesmith.nn.norm import RMSNorm
 from tunesmith.nn.rope import Rotary
@@ -160,7 +161,7 @@ class CausalLM(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | Pass | None = None,
     ) -> Tensor:
         """Token ids (B, T) -> hidden states (B, T, D) after the final norm.
 
@@ -168,7 +169,8 @@ class CausalLM(nn.Module):
             what the cache holds. Negative: padding (only with a cache).
         documents: (B, T), number of the document that a token belongs to, which must be contiguous, -1 for padding;
             None: each row is one document, padded at the right if at all.
-        cache: holds the tokens before these; these are added to it. With documents, only 0 and -1 make sense.
+        cache: holds the tokens before these; these are added to it. With documents, only 0 and -1 make sense. A Pass says of
+            one line of tokens (1, T) which sequences they belong to, and where they stand.
         """
         return self._hidden(input_ids, positions, documents, cache, self.max_seq_len, self.sequence_shards)
 
@@ -177,7 +179,7 @@ class CausalLM(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | Pass | None = None,
     ) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V) as transformers computes them: rotary frequencies that depend on the
         length are those of this input's length, whatever max_seq_len is. Takes whole rows, on every layout."""
@@ -190,36 +192,47 @@ class CausalLM(nn.Module):
         return (*self.family.weights, *tied)
 
     def _hidden(
-        self, input_ids, positions, documents, cache: KVCache | None, max_seq_len: int | None, shards=None
+        self, input_ids, positions, documents, cache: KVCache | Pass | None, max_seq_len: int | None, shards=None
     ) -> Tensor:
         if cache is None:
             return self.model(input_ids, self.sight(input_ids, positions, documents, max_seq_len, shards))
+        if isinstance(cache, Pass):
+            return self._hidden_of_line(input_ids, cache)
+        return self._hidden_of_rows(input_ids, positions, documents, cache)
+
+    def _hidden_of_line(self, input_ids: Tensor, line: Pass) -> Tensor:
+        return self.model(input_ids, Sight({}, self._cos_sin(line.positions, line.lengths), cached=line))
+
+    def _hidden_of_rows(self, input_ids: Tensor, positions, documents, cache: KVCache) -> Tensor:
+        where = cache.places(input_ids.shape[1], positions, documents)
         if cache.ids is not None:
-            return self._hidden_by_length(input_ids, positions, documents, cache)
-        return self._hidden_cached(input_ids, positions, documents, cache)
+            old, new = cache.length, torch.maximum(cache.length, where.amax(-1) + 1)
+            rows, places = (where >= 0).nonzero(as_tuple=True)
+            cache.ids[rows, where[rows, places]] = input_ids.cpu()[rows, places]
+            if any(self.length_matters(*pair) for pair in zip(old.tolist(), new.tolist())):
+                return self._hidden_anew(where, new, cache)
+        return self._hidden_of_line(input_ids.reshape(1, -1), cache.add(where)).view(*input_ids.shape, -1)
 
-    def _hidden_cached(self, input_ids: Tensor, positions, documents, cache: KVCache) -> Tensor:
-        sight, lengths = self._cached_sight(input_ids, positions, documents, cache)
-        hidden = self.model(input_ids, sight)
-        cache.advance(input_ids.shape[1], lengths)
-        return hidden
-
-    def _hidden_by_length(self, input_ids: Tensor, positions, documents, cache: KVCache) -> Tensor:
-        """Where a row grows into other rotary frequencies, all that the cache holds of it is out of date: compute it again.
+    def _hidden_anew(self, where: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
+        """Where a row grew into other rotary frequencies, all that the cache holds of it is out of date: compute it again.
 
         So cached decoding equals decoding without a cache, and a row doesn't depend on the others.
         """
-        where, lengths = _positions(cache, input_ids.shape[1], positions, documents)
         assert cache.ids is not None
-        cache.ids.scatter_(1, torch.where(where < 0, cache.max_length, where), input_ids)
-        steps = list(zip(cache.length.tolist(), lengths.tolist()))
-        if not any(rotary.changes(old, new) for rotary in self.model.rotary.values() for old, new in steps):
-            return self._hidden_cached(input_ids, positions, documents, cache)
-        order = torch.arange(max(new for _, new in steps), device=input_ids.device)
+        order = torch.arange(int(lengths.max()))
+        everything = torch.where(order < lengths[:, None], order, -1)
         cache.length = 0
-        everything = torch.where(order < lengths[:, None], 0, -1)
-        hidden = self._hidden_cached(cache.ids[:, : len(order)], None, everything, cache)
-        return hidden.gather(1, where.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        ids = cache.ids[:, : len(order)].to(self.model.device)
+        hidden = self._hidden_of_line(ids.reshape(1, -1), cache.add(everything)).view(*ids.shape, -1)
+        return hidden.gather(1, where.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]).to(hidden.device))
+
+    def length_matters(self, old: int, new: int) -> bool:
+        """Whether what was computed of a sequence of `old` tokens is out of date when it has grown to `new`."""
+        return old > 0 and self.length_class(old) != self.length_class(new)
+
+    def length_class(self, length: int) -> tuple[int, ...]:
+        """The same for lengths (tokens) whose sequences have the same rotary frequencies."""
+        return tuple(rotary.length_class(length) for rotary in self.model.rotary.values())
 
     def sight(self, input_ids: Tensor, positions, documents, max_seq_len: int | None, shards=None) -> Sight:
         """What every layer needs to know about a forward pass without a cache, built once."""
@@ -257,26 +270,7 @@ class CausalLM(nn.Module):
         cos_sin = self._cos_sin(positions, length if self.max_seq_len is None else self.max_seq_len)
         return Sight({}, cos_sin, shards=shards, chunk_masks=masks)
 
-    def _cached_sight(self, input_ids: Tensor, positions, documents, cache: KVCache) -> tuple[Sight, Tensor | None]:
-        """The same with a cache, and the lengths (B,) of its rows afterwards; None: all grow by T."""
-        length, device = input_ids.shape[1], input_ids.device
-        windows, end = set(self.config.layer_windows), cache.end_after(length)
-        if positions is None and documents is None and cache.uniform:
-            positions, lengths, slots = torch.arange(cache.end, end, device=device)[None], None, None
-            if length == 1:
-                masks = dict.fromkeys(windows)
-            elif cache.end == 0:
-                masks = {window: causal_mask(length, window, device) for window in windows}
-            else:
-                masks = {window: cache_mask(end, positions, window) for window in windows}
-        else:
-            positions, lengths = _positions(cache, length, positions, documents)
-            slots = torch.where(positions < 0, cache.max_length, positions)
-            masks = {window: cache_mask(end, positions, window) for window in windows}
-        cos_sin = self._cos_sin(positions, end if lengths is None else lengths)
-        return Sight(masks, cos_sin, cache=cache, slots=slots), lengths
-
-    def _cos_sin(self, positions: Tensor, length: int | Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
+    def _cos_sin(self, positions: Tensor, length: int | Tensor | None) -> dict[bool, tuple[Tensor, Tensor]]:
         dtype = torch.float32 if self.config.rope_in_float32 else self.model.compute_dtype
         found = {local: rotary(positions, length) for local, rotary in self.model.rotary.items()}
         return {local: (cos.to(dtype), sin.to(dtype)) for local, (cos, sin) in found.items()}
@@ -295,18 +289,6 @@ def segments(documents: Tensor) -> list[tuple[int, bool]]:
     padding = documents.flatten()[begins] < 0
     lengths = torch.diff(begins, append=begins.new_tensor([documents.numel()]))
     return list(zip(lengths.tolist(), padding.tolist()))
-
-
-def _positions(cache: KVCache, length: int, positions, documents) -> tuple[Tensor, Tensor]:
-    """Positions (B, T) of new tokens, -1 for padding, and the lengths (B,) of the cache's rows with them."""
-    if documents is not None:
-        real = documents >= 0
-        if positions is None:
-            positions = cache.length[:, None] + real.long().cumsum(-1) - 1
-        positions = torch.where(real, positions, -1)
-    elif positions is None:
-        positions = cache.length[:, None] + torch.arange(length, device=cache.length.device)
-    return positions, torch.maximum(cache.length, positions.amax(-1) + 1)
 
 
 def build(hf: dict[str, Any], family: Family, config: DecoderConfig) -> CausalLM:

@@ -1,6 +1,6 @@
-"""Causal self-attention: who sees whom (documents, windows, cache), and the kernels that compute it.
+"""Causal self-attention: the layer, and how it goes about rows, packed documents, shared rows and cached tokens.
 
-B batch, T tokens, H query heads, G key-value heads, K head size, S slots of a cache, D hidden.
+B batch, T tokens, H query heads, G key-value heads, K head size, D hidden.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache as cached
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.nn.cached_attention import attend_cached
 from tunesmith.nn.config import DecoderConfig
-from tunesmith.nn.kv_cache import KVCache
+from tunesmith.nn.kernels import causal_mask, flex, is_half, kernel
+from tunesmith.nn.kv_cache import Pass
 from tunesmith.nn.linear import Linear
 from tunesmith.nn.norm import RMSNorm
 from tunesmith.nn.rope import rotate
@@ -33,16 +33,15 @@ class Sight:
     """
 
     masks: dict[int | None, Tensor | None]
-    """For each window a mask (1 or B, 1, T, T or S), True where a token is seen; None: plainly causal."""
+    """For each window a mask (1 or B, 1, T, T), True where a token is seen; None: plainly causal."""
     cos_sin: dict[bool, CosSin]
     """Cosines and sines (B or 1, T, 1, R), for `rotate`, of layers with the global rotary positions (False) and the local ones (True)."""
     segments: list[tuple[int, bool]] | None = None
     """Set where attention goes document by document (on the CPU): (tokens, is padding) of each, all rows in one line."""
     block_masks: dict[int | None, Any] = field(default_factory=dict)
     """Set where FlexAttention does the work: its masks by window."""
-    cache: KVCache | None = None
-    slots: Tensor | None = None
-    """(B, T) where new tokens go in the cache; None: behind rows of equal length."""
+    cached: Pass | None = None
+    """Set where tokens come before these that are not at hand: the tokens are one line, and this says what it is made of."""
     shards: SequenceShards | None = None
     """Set where ranks share rows: the tokens at hand are two chunks of a row, each with a mask of its own."""
     chunk_masks: dict[int | None, list[Any]] = field(default_factory=dict)
@@ -80,6 +79,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, sight: Sight) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        q, k, v = self.qkv(x, sight)
+        if sight.cached is None:
+            y = attend(q, k, v, sight, self.window, self.scale, self.softcap)
+        else:
+            y = attend_cached(q[0], k[0], v[0], sight.cached, self.layer, self.window, self.scale, self.softcap)[None]
+        return self.o_proj(y.flatten(2))
+
+    def qkv(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> queries (B, T, H, K), keys and values (B, T, G, K), rotated to where they stand."""
         q, k, v = self.project(x)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -88,23 +96,7 @@ class Attention(nn.Module):
         if self.qk_norm == "per_head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(part, *sight.cos_sin[self.local]) for part in (q, k))
-        if sight.cache is None:
-            y = attend(q, k, v, sight, self.window, self.scale, self.softcap)
-        else:
-            y = self.attend_cached(q, k, v, sight)
-        return self.o_proj(y.flatten(2))
-
-    def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
-        """Store the new keys and values, then attend to all slots. Returns (B, T, H, K)."""
-        cache = sight.cache
-        assert cache is not None
-        cache.write(self.layer, k, v, sight.slots)
-        mask, end = sight.masks[self.window], cache.end_after(q.shape[1])
-        if mask is None and q.shape[1] == end:  # a first forward without padding sees nothing but itself
-            return attend(q, k, v, sight, self.window, self.scale, self.softcap)
-        start = max(0, end - self.window) if mask is None and self.window is not None else 0
-        keys, values = cache.read(self.layer, start, end)
-        return _look_back(q, keys, values, mask, self.scale, self.softcap)
+        return q, k, v
 
 
 def attend(
@@ -118,9 +110,9 @@ def attend(
         return _by_document(q, k, v, segments, window, scale, softcap)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     if window in sight.block_masks:
-        return _flex(q, k, v, sight.block_masks[window], scale, softcap).transpose(1, 2)
+        return flex(q, k, v, sight.block_masks[window], scale, softcap).transpose(1, 2)
     mask = sight.masks[window]
-    return _kernel(q, k, v, mask, mask is None, scale, softcap).transpose(1, 2)
+    return kernel(q, k, v, mask, mask is None, scale, softcap).transpose(1, 2)
 
 
 def _by_chunk(q, k, v, shards: SequenceShards, masks: list[Any], scale: float, softcap: float | None) -> Tensor:
@@ -130,9 +122,9 @@ def _by_chunk(q, k, v, shards: SequenceShards, masks: list[Any], scale: float, s
     for query, (_, stop), mask in zip(q.chunk(2, 1), shards.ranges(k.shape[1]), masks):
         query, key, value = (part.transpose(1, 2) for part in (query, k[:, :stop], v[:, :stop]))
         if isinstance(mask, Tensor):
-            y = _kernel(query, key, value, mask, False, scale, softcap)
+            y = kernel(query, key, value, mask, False, scale, softcap)
         else:
-            y = _flex(query, key, value, mask, scale, softcap)
+            y = flex(query, key, value, mask, scale, softcap)
         parts.append(y.transpose(1, 2))
     return torch.cat(parts, 1)
 
@@ -162,7 +154,7 @@ def _by_document(q, k, v, segments: list[tuple[int, bool]], window: int | None, 
             continue
         mask = causal_mask(length, window, q.device)
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
-        parts.append(_kernel(query, key, value, mask, mask is None, scale, softcap)[0].transpose(0, 1))
+        parts.append(kernel(query, key, value, mask, mask is None, scale, softcap)[0].transpose(0, 1))
     return torch.cat(parts).view(q.shape)
 
 
@@ -233,11 +225,6 @@ def _widened(line: Tensor, rows: slice) -> Tensor:
     return _heads_first(line, rows).to(_wide(line.dtype))
 
 
-def is_half(dtype: torch.dtype) -> bool:
-    """Whether a number takes 16 bits."""
-    return dtype in (torch.bfloat16, torch.float16)
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -246,139 +233,3 @@ def _added_mask(rows: slice, window: int | None, like: Tensor) -> Tensor | None:
     """causal_mask for those rows as the numbers that the kernel itself adds to the scores."""
     mask = causal_mask(rows.stop - rows.start, window, like.device)
     return None if mask is None else torch.zeros(mask.shape, dtype=_wide(like.dtype)).masked_fill_(~mask, -math.inf)
-
-
-def causal_mask(
-    length: int, window: int | None, device: torch.device, documents: Tensor | None = None
-) -> Tensor | None:
-    """(1 or B, 1, T, T) bool, True where seen; None where plain causality says it all. documents: (B, T), -1 for padding."""
-    if documents is None and (window is None or window >= length):
-        return None
-    order = torch.arange(length, device=device)
-    distance = order[:, None] - order
-    seen = (distance >= 0) & (distance < (window or length))
-    if documents is None:
-        return seen[None, None]
-    # Padding sees padding: a row of the mask without any True would give nan.
-    return seen & (documents[:, None, :, None] == documents[:, None, None, :])
-
-
-def chunk_mask(
-    chunk: tuple[int, int], window: int | None, device: torch.device, documents: Tensor | None = None
-) -> Tensor:
-    """(1 or B, 1, chunk, end of the chunk) bool: what the tokens of `chunk` see of the row up to its end. documents: (B, T) of the row."""
-    start, stop = chunk
-    distance = torch.arange(start, stop, device=device)[:, None] - torch.arange(stop, device=device)
-    seen = ((distance >= 0) & (distance < (window or stop)))[None, None]
-    if documents is None:
-        return seen
-    return seen & (documents[:, None, start:stop, None] == documents[:, None, None, :stop])
-
-
-def cache_mask(end: int, positions: Tensor, window: int | None) -> Tensor:
-    """(B, 1, T, end) bool: slots that tokens at positions (B, T) see. Padding (position < 0) sees slot 0, or it would be nan."""
-    slots = torch.arange(end, device=positions.device)
-    queries = positions.clamp(min=0)[:, None, :, None]
-    seen = slots <= queries
-    return seen if window is None else seen & (slots > queries - window)
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None):
-    """q (B, H, T, K), k and v (B, G, S, K), mask (1 or B, 1, T, S) -> (B, H, T, K)."""
-    grouped, dtype = q.shape[1] != k.shape[1], v.dtype
-    if softcap is not None:
-        return _softcapped(q, k, v, mask, causal, scale, softcap)
-    if q.device.type == "cpu" and is_half(v.dtype) and not torch.is_grad_enabled():
-        # Three times as fast for decoding: see _DocumentAttention.
-        q, k, v = q.float(), k.float(), v.float()
-    if grouped and mask is not None and q.device.type != "cpu":
-        # The fused kernels that take a mask take no groups there: repeating keys is cheaper than losing them.
-        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
-        grouped = False
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return y.to(dtype)
-
-
-def _look_back(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Attention to a cache: q (B, T, H, K), k and v (B, G, S, K), mask (B, 1, T, S) -> (B, T, H, K).
-
-    The heads of one token that share a key are to the kernel what tokens of one head are: so each key is read once, and
-    none repeated. With several such rows, half precision need not be widened on the CPU either: its kernel compiles nothing
-    for so few, and is slow for a single one only.
-    """
-    if q.shape[1] > 1:
-        return _kernel(q.transpose(1, 2), k, v, mask, False, scale, softcap).transpose(1, 2)
-    groups = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
-    if softcap is not None or groups.shape[2] == 1:
-        return _kernel(groups, k, v, mask, False, scale, softcap).reshape(q.shape)
-    return F.scaled_dot_product_attention(groups.to(k.dtype), k, v, mask, scale=scale).reshape(q.shape)
-
-
-def _softcapped(q, k, v, mask: Tensor | None, causal: bool, scale: float, softcap: float) -> Tensor:
-    """Attention with scores squeezed by a tanh, which no fused kernel offers. Groups of queries share a key without copies."""
-    groups = q.unflatten(1, (k.shape[1], -1))
-    scores = softcap * torch.tanh(groups @ k[:, :, None].transpose(-1, -2) * (scale / softcap))
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
-    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
-
-
-# --- FlexAttention (CUDA): skips what documents and windows hide, and knows the soft cap ------------
-
-
-def block_mask(
-    length: int, window: int | None, documents: Tensor | None, batch_size: int, device: torch.device, start: int = 0
-):
-    """FlexAttention's mask of the same sight as causal_mask, for the tokens from `start` to `length`."""
-
-    def seen(b, h, query, key):
-        query = query + start
-        allowed = (query >= key) & (query - key < (window or length))
-        return allowed if documents is None else allowed & (documents[b, query] == documents[b, key])
-
-    batch = None if documents is None else batch_size
-    build = _compiled_mask_builder() if device.type != "cpu" else _plain_mask_builder()
-    return build(seen, batch, None, length - start, length, device=device)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask, scale: float, softcap: float | None) -> Tensor:
-    kernel = _compiled_flex() if q.device.type != "cpu" else _plain_flex()
-    grouped = q.shape[1] != k.shape[1]
-    return kernel(q, k, v, _squeezer(softcap) if softcap is not None else None, mask, scale, grouped)
-
-
-@cached
-def _squeezer(softcap: float):
-    """One function for each soft cap: a new one for each call would be compiled anew."""
-
-    def squeeze(score, b, h, query, key):
-        return softcap * torch.tanh(score / softcap)
-
-    return squeeze
-
-
-@cached
-def _plain_mask_builder():
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask
-
-
-@cached
-def _compiled_mask_builder():
-    """Uncompiled, it holds a mask of queries x keys before it looks at blocks: 16 GiB and more at 131,072 tokens."""
-    return torch.compile(_plain_mask_builder())
-
-
-@cached
-def _plain_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention
-
-
-@cached
-def _compiled_flex():
-    return torch.compile(_plain_flex())

@@ -1,24 +1,184 @@
-"""Keys and values of the tokens seen so far, for decoding one token at a time.
+"""Keys and values of tokens seen before, in blocks of which every sequence has its own list.
 
-B batch, T new tokens, S slots, H key-value heads, K head size.
+N blocks, S slots of a block, G key-value heads, K head size, B sequences, T new tokens of each, L tokens of a pass, J blocks of a sequence.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.nn.config import DecoderConfig
 
+BLOCK_SIZE = 32
+"""Tokens of a block: small blocks waste little behind a sequence's end, large ones are quicker to go through."""
+
+
+class BlockPool:
+    """The memory: for every layer keys and values (N, G, S, K). Which block is whose, its users know."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        num_blocks: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        block_size: int = BLOCK_SIZE,
+    ):
+        device = torch.device(device or "cpu")
+        if device.type == "cpu" and dtype.itemsize < 4:
+            dtype = torch.float32  # half precision would be widened at every look
+        self.config, self.num_blocks, self.block_size, self.device = config, num_blocks, block_size, device
+        # One block more takes what isn't to be kept (padding). Layers of other heads or sizes would differ here.
+        shape = (num_blocks + 1, config.num_key_value_heads, block_size, config.head_dim)
+        self.keys = [_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def nowhere(self) -> int:
+        """The block for what isn't kept."""
+        return self.num_blocks
+
+    @property
+    def bytes_per_block(self) -> int:
+        return sum(part[0].numel() * part.element_size() for part in (*self.keys, *self.values))
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, slots: tuple[Tensor, Tensor]) -> None:
+        """Put the line's keys and values (L, G, K) into (blocks (L,), places in them (L,))."""
+        blocks, places = slots
+        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            store[blocks, :, places] = new.to(store.dtype)
+
+    def copy(self, source: int, target: int) -> None:
+        """The content of a block into another."""
+        for store in (*self.keys, *self.values):
+            store[target] = store[source]
+
+    def of_sequence(self, layer: int, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, G, length, K) of the sequence with the blocks `table` (J,)."""
+        parts = (store[layer].index_select(0, table) for store in (self.keys, self.values))
+        keys, values = (part.transpose(0, 1).flatten(1, 2)[None, :, :length] for part in parts)
+        return keys, values
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not whatever lies there: a slot that nobody sees still meets a product with 0, and 0 * nan is nan."""
+    if device.type == "cpu":
+        # Memory that the system fills with zeros as it is touched: what no sequence reaches costs nothing.
+        return torch.from_numpy(np.zeros(shape, dtype=str(dtype).removeprefix("torch.")))
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Several tokens of one sequence, read together."""
+
+    start: int
+    """Where they stand in the pass's line."""
+    stop: int
+    past: int
+    """Tokens of the sequence before them, whose keys are in the pool."""
+    table: Tensor
+    """(J,) the sequence's blocks."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks with up to `owners_per_block` owners, gone through in place."""
+
+    blocks: slice | Tensor
+    """Which of the pool's: n of them."""
+    owners: Tensor
+    """(n * owners_per_block,) the sequences that see each block: 0 to B - 1, B for nobody."""
+    firsts: Tensor
+    """(n * owners_per_block,) position of each block's first token in its owner."""
+    owners_per_block: int
+
+
+@dataclass
+class Steps:
+    """The next T tokens of each of B sequences, at the beginning of the line, attended to block by block."""
+
+    rows: int
+    tokens: int
+    groups: list[Group]
+    positions: Tensor
+    """(B, T); negative: padding."""
+    block_size: int
+    _masks: dict[int | None, list[Tensor]] = field(default_factory=dict)
+
+    def masks(self, window: int | None) -> list[Tensor]:
+        """For each group what is added to the scores: (n, 1, M, 1, T, S) float32, 0 where a token is seen."""
+        if window not in self._masks:
+            self._masks[window] = [self._mask(group, window) for group in self.groups]
+        return self._masks[window]
+
+    def _mask(self, group: Group, window: int | None) -> Tensor:
+        # To whom nobody belongs sees nothing; padding sees what a first token would.
+        queries = torch.cat([self.positions.clamp(min=0), self.positions.new_full((1, self.tokens), -1)])
+        queries = queries.index_select(0, group.owners)[:, :, None]
+        keys = (group.firsts[:, None] + torch.arange(self.block_size, device=group.firsts.device))[:, None]
+        seen = keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
+        # The smallest number, not -inf: of a block that is hidden whole, -inf - -inf would be nan.
+        hidden = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
+        return hidden.view(-1, 1, group.owners_per_block, 1, self.tokens, self.block_size)
+
+
+@dataclass
+class Pass:
+    """A forward pass over new tokens of sequences whose earlier ones are in the pool. They stand in one line: steps, then chunks."""
+
+    pool: BlockPool
+    positions: Tensor
+    """(1, L); negative: padding."""
+    slots: tuple[Tensor, Tensor]
+    """Blocks (L,), and places in them (L,), where their keys and values go."""
+    lengths: Tensor | None
+    """(L,) tokens of each token's sequence with the new ones, for rotary frequencies that depend on it."""
+    steps: Steps | None
+    chunks: list[Chunk]
+
+
+def groups_of(tables: Sequence[Sequence[int]], pool: BlockPool, low: int | None = None) -> list[Group]:
+    """How to go through the blocks of B sequences.
+
+    Blocks from `low` on are looked at apart: a pool may keep what is shared at one end. Neighbours are looked at where they lie,
+    with holes between them for nobody; blocks that lie far apart are copied together first.
+    """
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for row, table in enumerate(tables):
+        for place, block in enumerate(table):
+            seen.setdefault(block, []).append((row, place * pool.block_size))
+    classes: dict[tuple[bool, int], list[int]] = {}
+    for block, owners in seen.items():
+        size = 1 << (len(owners) - 1).bit_length()
+        classes.setdefault((low is not None and block >= low, size), []).append(block)
+    return [_group(sorted(blocks), seen, size, len(tables), pool) for (_, size), blocks in sorted(classes.items())]
+
+
+def _group(blocks: list[int], seen: dict[int, list[tuple[int, int]]], size: int, nobody: int, pool: BlockPool) -> Group:
+    span = blocks[-1] - blocks[0] + 1
+    in_place = span <= 2 * len(blocks)
+    if in_place:
+        mine, blocks = set(blocks), list(range(blocks[0], blocks[-1] + 1))
+    else:
+        mine = set(blocks)
+    owners: list[int] = []
+    firsts: list[int] = []
+    for block in blocks:
+        found = seen[block] if block in mine else []
+        owners += [row for row, _ in found] + [nobody] * (size - len(found))
+        firsts += [first for _, first in found] + [0] * (size - len(found))
+    which = slice(blocks[0], blocks[-1] + 1) if in_place else torch.tensor(blocks, device=pool.device)
+    return Group(which, torch.tensor(owners, device=pool.device), torch.tensor(firsts, device=pool.device), size)
+
 
 class KVCache:
-    """One slot for each position of each row: the token at position p lies in slot p, and sees slots up to p.
-
-    So rows may have different lengths: whatever lies in slots beyond a row's length is never seen, and overwritten in
-    time. One slot more than max_length takes what isn't to be kept (padding).
-    """
+    """The tokens of B rows, for `model(input_ids, cache=cache)`: every call adds (B, T) of them."""
 
     def __init__(
         self,
@@ -28,76 +188,64 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        shape = (batch_size, config.num_key_value_heads, max_length + 1, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        # Zeros, not empty: a slot that is masked out still meets a product with 0, and 0 * nan is nan.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        blocks = -(-max_length // BLOCK_SIZE)
+        self.pool = BlockPool(config, batch_size * blocks, dtype, device)
         self.max_length = max_length
-        self.ids = (
-            torch.zeros(batch_size, max_length + 1, dtype=torch.int64, device=device)
-            if config.depends_on_length
-            else None
-        )
+        self.tables = [list(range(row * blocks, (row + 1) * blocks)) for row in range(batch_size)]
+        self.ids = torch.zeros(batch_size, max_length, dtype=torch.int64) if config.depends_on_length else None
         """The tokens themselves, where keys and values may have to be computed again."""
-        self._length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.end = 0
-        """No row is longer than this."""
-        self.uniform = True
-        """Whether all rows are known to be `end` tokens long."""
+        self._length = torch.zeros(batch_size, dtype=torch.int64)
 
     @property
     def length(self) -> Tensor:
-        """(B,) tokens in each row."""
+        """(B,) tokens in each row, on the CPU."""
         return self._length
 
     @length.setter
     def length(self, length: int | Tensor) -> None:
         """Shorten rows, such as by the right padding of a batch of prompts."""
-        if isinstance(length, Tensor) and length.dim():
-            self._length = length.to(self._length)
-            self.end = int(self._length.max())
-            self.uniform = bool((self._length == self.end).all())
-        else:
-            self._length = torch.full_like(self._length, int(length))
-            self.end, self.uniform = int(length), True
-
-    def end_after(self, tokens: int) -> int:
-        """The bound `end` once so many tokens are added to each row."""
-        if self.uniform and self.end + tokens > self.max_length:
-            raise ValueError(f"a cache of {self.max_length} tokens can't take {tokens} after {self.end}")
-        return min(self.end + tokens, self.max_length)
-
-    def advance(self, tokens: int, lengths: Tensor | None) -> None:
-        """Note that tokens were written to each row; lengths (B,) if rows are not equally long."""
-        self.end, self.uniform = self.end_after(tokens), self.uniform and lengths is None
-        self._length = self._length + tokens if lengths is None else lengths
-
-    def part(self, rows: slice) -> KVCache:
-        """Some rows as a cache of its own in the same memory: what it takes is here too, but this one's `length` is to be set."""
-        part = copy.copy(self)
-        part.keys = [keys[rows] for keys in self.keys]
-        part.values = [values[rows] for values in self.values]
-        part.ids = None if self.ids is None else self.ids[rows]
-        part.length = self._length[rows]
-        return part
+        new = torch.as_tensor(length, device="cpu")
+        self._length = new.expand(len(self.tables)).clone()
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows, (B',) indices."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
-        self.ids = None if self.ids is None else self.ids[rows]
-        self.length = self._length[rows]
+        self.tables = [self.tables[row] for row in rows.tolist()]
+        self.ids = None if self.ids is None else self.ids[rows.cpu()]
+        self._length = self._length[rows.cpu()]
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor | None) -> None:
-        """Put the new keys and values (B, T, H, K) into slots (B, T), or behind the rows if they are all equally long."""
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            if slots is None:
-                store[:, :, self.end : self.end + new.shape[1]] = new.transpose(1, 2)
-            else:
-                rows = torch.arange(len(slots), device=slots.device)[:, None]
-                store[rows, :, slots] = new.to(store.dtype)
+    def places(self, tokens: int, positions: Tensor | None, documents: Tensor | None) -> Tensor:
+        """Positions (B, T) of new tokens, negative for padding."""
+        length = self._length[:, None]
+        if positions is None and documents is None:
+            positions = length + torch.arange(tokens)
+        elif positions is None:
+            assert documents is not None
+            positions = length + (documents.cpu() >= 0).long().cumsum(-1) - 1
+        positions = positions.cpu().expand(len(self.tables), tokens)
+        return positions if documents is None else torch.where(documents.cpu() >= 0, positions, -1)
 
-    def read(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of slots start..end: views (B, H, end - start, K)."""
-        return self.keys[layer][:, :, start:end], self.values[layer][:, :, start:end]
+    def add(self, positions: Tensor) -> Pass:
+        """The pass that brings new tokens at `positions` (B, T), which must follow each row's; they count from now on."""
+        (rows, tokens), device = positions.shape, self.pool.device
+        ends = torch.maximum(self._length, positions.amax(-1) + 1)
+        if int(ends.max()) > self.max_length:
+            raise ValueError(f"a cache of {self.max_length} tokens can't take {tokens} after {int(self._length.max())}")
+        tables = torch.tensor(self.tables, device=device)
+        where = positions.to(device)
+        size = self.pool.block_size
+        blocks = torch.where(where < 0, self.pool.nowhere, tables.gather(1, where.clamp(min=0) // size))
+        slots = (blocks.flatten(), (where.clamp(min=0) % size).flatten())
+        lengths = None if self.ids is None else ends[:, None].expand(-1, tokens).flatten()
+        steps, chunks = None, []
+        if tokens == 1:
+            used = [table[: -(-end // size)] for table, end in zip(self.tables, ends.tolist())]
+            steps = Steps(rows, 1, groups_of(used, self.pool), where, size)
+        else:
+            for row, real in enumerate((positions >= 0).tolist()):
+                if any(real):
+                    first = row * tokens + real.index(True)
+                    past = int(positions[row, real.index(True)])
+                    needed = -(-int(ends[row]) // size)
+                    chunks.append(Chunk(first, first + sum(real), past, tables[row, :needed]))
+        self._length = ends
+        return Pass(self.pool, where.reshape(1, -1), slots, lengths, steps, chunks)

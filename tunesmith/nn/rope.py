@@ -25,30 +25,32 @@ class Rotary:
     def __call__(self, positions: Tensor, length: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """positions (B or 1, T) -> cosines, and sines with the sign that `rotate` wants: float32, (B or 1, T, 1, R).
 
-        length: tokens in the whole sequence, for the kinds that depend on it: one for all, or (B,) one for each row.
+        length: tokens in the whole sequence, for the kinds that depend on it: one for all, or (T,) one for each token.
         """
         if isinstance(length, Tensor):
-            frequencies = torch.stack([self.frequencies(positions.device, n) for n in length.tolist()])[:, None]
+            lengths, which = length.unique(return_inverse=True)
+            each = torch.stack([self.frequencies(positions.device, n) for n in lengths.tolist()])
+            frequencies = each[which.to(positions.device)][None]
         else:
             frequencies = self.frequencies(positions.device, length)
+        return self.cos_sin(positions, frequencies)
+
+    def cos_sin(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for given frequencies (R/2,), or of each row (B, 1, R/2)."""
         angles = positions[..., None].float() * frequencies
         cos, sin = (angles.cos() * self.factor)[:, :, None], (angles.sin() * self.factor)[:, :, None]
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def frequencies(self, device: torch.device, length: int | None) -> Tensor:
         """(R/2,) float32 angles a token."""
-        key = (device, self._length_class(length))
+        key = (device, self.length_class(length))
         if key not in self._cached:
             if len(self._cached) > 64:  # "dynamic" has one entry for each length
                 self._cached.clear()
             self._cached[key] = inverse_frequencies(self.rope, self.rotary_dim, key[1]).to(device)
         return self._cached[key]
 
-    def changes(self, old: int, new: int) -> bool:
-        """Whether a sequence of `old` tokens (more than 0) gets other frequencies when it has grown to `new`."""
-        return old > 0 and self._length_class(old) != self._length_class(new)
-
-    def _length_class(self, length: int | None) -> int:
+    def length_class(self, length: int | None) -> int:
         """Lengths with the same frequencies fall into one class; 0 is the unstretched one."""
         if length is None or not self.rope.depends_on_length:
             return 0

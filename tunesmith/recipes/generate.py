@@ -3,6 +3,7 @@
 tune run generate model=run/checkpoints/step-00000100 prompt="Why is the sky blue?"
 tune run generate model=Qwen/Qwen3-0.6B prompt.user="Why is the sky blue?" prompt.system="Answer as a pirate."
 tune run generate model=… chat=false 'prompt=[Once upon a time, "Roses are red,"]' output_file=texts.jsonl
+tune run generate model=… json_schema=schema.json prompt="Describe a cat."
 tune run generate model=… < prompt.txt
 """
 
@@ -16,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from tunesmith import hub
 from tunesmith.configs.generate import Generate
 from tunesmith.configs.generate import Prompt as ChatPrompt
 from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.errors import UserError
-from tunesmith.generation.engine import Completion, Prompt, generate_completions
+from tunesmith.generation.completions import Completion, Prompt, generate_completions
+from tunesmith.generation.constraints import Constraint
 from tunesmith.generation.sampling import Sampling
 from tunesmith.parallel.device import pick_device, supports_bf16
-from tunesmith.training.build import DTYPES, load_model
+from tunesmith.training.build import DTYPES, load_model, tokenizer_folder
 from tunesmith.training.preflight import check
 
 
@@ -35,6 +36,7 @@ def main(config: Generate) -> None:
         raise UserError(f"{device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
     prompts = read_prompts(config)
     check_output(config.output_file)
+    sampling = sampling_of(config)
     model = load_model(
         config.model,
         dtype=DTYPES[config.dtype],
@@ -45,7 +47,7 @@ def main(config: Generate) -> None:
     # A model without a template is taken for one that continues text, unless a chat is asked for.
     is_chat = config.chat or any(isinstance(prompt, ChatPrompt) for prompt in prompts)
     templates = model.family.chat_templates if is_chat else ()
-    tokenizer = find_tokenizer(config.tokenizer, _tokenizer_folder(config), templates)
+    tokenizer = find_tokenizer(config.tokenizer, tokenizer_folder(config.model, config.adapter), templates)
 
     streams = (
         config.stream if config.stream is not None else len(prompts) * config.num_samples == 1 and sys.stdout.isatty()
@@ -57,7 +59,7 @@ def main(config: Generate) -> None:
         model,
         tokenizer,
         [_messages(prompt) if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts],
-        sampling_of(config),
+        sampling,
         batch_size=1 if streams else config.batch_size,
         chat=config.chat,
         on_text=printer.piece if streams else None,
@@ -74,6 +76,7 @@ def main(config: Generate) -> None:
 
 
 def sampling_of(config: Generate) -> Sampling:
+    """Raises UserError for a form of the text that can't be used."""
     return Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -81,10 +84,39 @@ def sampling_of(config: Generate) -> Sampling:
         top_p=config.top_p,
         min_p=config.min_p,
         repetition_penalty=config.repetition_penalty,
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
         stop=tuple(config.stop),
         seed=config.seed,
         num_samples=config.num_samples,
+        constraint=constraint_of(config),
     )
+
+
+def constraint_of(config: Generate) -> Constraint | None:
+    """The form that the text must have, read from its file if it stands in one."""
+    if config.json_schema is not None:
+        schema = config.json_schema
+        constraint = Constraint.json_schema(_read("json_schema", schema) if isinstance(schema, str) else schema)
+    elif config.regex is not None:
+        constraint = Constraint.regex(config.regex)
+    elif config.grammar is not None:
+        is_text = re.search(r":\s", config.grammar) is not None
+        constraint = Constraint.grammar(config.grammar if is_text else _read("grammar", config.grammar))
+    else:
+        return None
+    constraint.check()
+    return constraint
+
+
+def _read(option: str, path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(
+            f"`{option}`: {path} can't be read ({reason}): name a file, or write the {option} itself"
+        ) from error
 
 
 def read_prompts(config: Generate) -> list[str | ChatPrompt]:
@@ -100,17 +132,6 @@ def read_prompts(config: Generate) -> list[str | ChatPrompt]:
     if not prompts:
         raise UserError("`prompt` is an empty list: write at least one")
     return prompts
-
-
-def _tokenizer_folder(config: Generate) -> Path:
-    """An adapter made here brings its tokenizer; others are used with their base's."""
-    model = hub.resolve(config.model)
-    adapter = hub.resolve(config.adapter, what="adapter") if config.adapter else model
-    if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return adapter
-    if (model / "adapter_config.json").is_file() and not (model / "config.json").is_file():
-        return hub.resolve(hub.read_json(model / "adapter_config.json")["base_model_name_or_path"])
-    return model
 
 
 def _messages(prompt: ChatPrompt) -> Prompt:

@@ -382,6 +382,17 @@ def base_of(adapter: Path, base: str | Path | None) -> Path:
     return hub.resolve(name)
 
 
+def tokenizer_folder(model: str, adapter: str | None = None) -> Path:
+    """Where the tokenizer of a model, or of one with an adapter, is: an adapter made here brings its own, others use their base's."""
+    folder = hub.resolve(model)
+    own = hub.resolve(adapter, what="adapter") if adapter else folder
+    if any((own / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return own
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return base_of(folder, None)
+    return folder
+
+
 def _dtype(name: str | torch.dtype) -> torch.dtype:
     if isinstance(name, torch.dtype):
         return name

@@ -14,6 +14,7 @@ from tunesmith.training.preflight.beside import (
     teacher_problems,
 )
 from tunesmith.training.preflight.data import data_problems
+from tunesmith.training.preflight.evaluation import evaluation_problems
 from tunesmith.training.preflight.files import adapter_problems, damaged, model_problems, warn_of_another_base
 from tunesmith.training.preflight.fit import (
     check_trainable,
@@ -81,6 +82,7 @@ _PARTS = (
     rounding_problems,
     tokenizer_problems,
     data_problems,
+    evaluation_problems,
     output_problems,
     layout_option_problems,
     package_problems,

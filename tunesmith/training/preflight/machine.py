@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.configs.evaluate import Evaluate
 from tunesmith.configs.export import Export
 from tunesmith.configs.generate import Generate
 from tunesmith.configs.layout import Layout, rows_problem
@@ -29,7 +30,7 @@ def is_restart() -> bool:
 
 def output_problems(config: Any, notes: list[str]) -> Iterator[str]:
     folder = getattr(config, "output_dir", None)
-    if folder is None:
+    if folder is None or isinstance(config, Evaluate):  # which adds to what is there
         return
     if is_remote(folder):
         yield from _remote_output(config, folder, notes)

@@ -1,0 +1,76 @@
+"""ExecuTorch programs: its runtime says what the engine says, and so does its own runner of language models."""
+
+import pytest
+import torch
+
+from tests.export.greedy import FAMILIES, expected_tokens, export_to, program_tokens, save_model
+from tunesmith.configs.export import ProgramFile
+from tunesmith.data.tokenizer import load_tokenizer
+from tunesmith.export.quiet import quietly
+
+runtime = pytest.importorskip("executorch.runtime")
+ROOM = {"max_length": 32, "max_chunk": 8}
+
+
+class Runtime:
+    """A program loaded by ExecuTorch's runtime, without tunesmith."""
+
+    def __init__(self, path):
+        with quietly():
+            self.program = runtime.Runtime.get().load_program(path)
+            self.forward = self.program.load_method("forward")
+
+    def __call__(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
+        return self.forward.execute([tokens, torch.tensor([position])])[0].flatten(0, -2)
+
+    def constants(self) -> dict:
+        names = self.program.method_names - {"forward"}
+        return {name: self.program.load_method(name).execute([]) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FAMILIES)
+def test_greedy_tokens_are_the_engines(case, tmp_path):
+    model = save_model(case, tmp_path / "model")
+    export_to(tmp_path / "out", model, "executorch", program=ProgramFile(**ROOM))
+    assert program_tokens(Runtime(tmp_path / "out" / "model.pte")) == expected_tokens(model)
+
+
+@pytest.mark.parametrize("case", ["llama"])
+def test_portable_operators_and_what_the_runner_asks(case, tmp_path):
+    model = save_model(case, tmp_path / "model", num_hidden_layers=1)
+    export_to(tmp_path / "out", model, "executorch", program=ProgramFile(**ROOM, backend="portable"))
+    program = Runtime(tmp_path / "out" / "model.pte")
+    assert program_tokens(program) == expected_tokens(model)
+    assert program.constants() == {
+        "get_bos_id": [1], "get_eos_ids": [2], "get_vocab_size": [101], "get_n_layers": [1], "get_max_seq_len": [8],
+        "get_max_context_len": [32], "use_kv_cache": [True], "use_sdpa_with_kv_cache": [False], "enable_dynamic_shape": [True],
+    }  # fmt: skip
+    assert all(program.program.metadata(name) for name in ("forward",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("backend", ["xnnpack", "portable"])
+def test_half_precision(tmp_path, dtype, backend):
+    model = save_model("gemma2", tmp_path / "model", num_hidden_layers=2)
+    options = ProgramFile(**ROOM, backend=backend)
+    facts = export_to(tmp_path / "out", model, "executorch", dtype=dtype, program=options)
+    assert facts["outputs"][0]["dtype"] == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+
+
+@pytest.mark.slow
+def test_their_runner_tells_the_engines_story(assets, tmp_path):
+    """ExecuTorch's C++ runner, from tokenizer and program alone: a prompt longer than a call takes, read in several."""
+    runner = pytest.importorskip("executorch.extension.llm.runner")
+    model = assets / "models" / "stories260K"
+    export_to(tmp_path / "out", model, "executorch", program=ProgramFile(max_length=128, max_chunk=4))
+    found: list[str] = []
+    with quietly():
+        one = runner.TextLLMRunner(str(tmp_path / "out" / "model.pte"), str(model / "tokenizer.json"))
+        settings = runner.GenerationConfig(echo=False, temperature=0.0, seq_len=80, num_bos=1)
+        one.generate("Once upon a time", settings, found.append)
+    tokenizer = load_tokenizer(model)
+    prompt = tokenizer.encode("Once upon a time")
+    expected = tokenizer.decode([1, *prompt, *expected_tokens(model, [1, *prompt], 80 - 1 - len(prompt))])
+    assert expected.endswith("".join(found).strip()) and len(found) > 50

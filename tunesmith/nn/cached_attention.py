@@ -1,0 +1,98 @@
+"""Attention to tokens whose keys and values are in blocks.
+
+L tokens of a pass, H query heads, G key-value heads, R query heads for each of these, K head size, B sequences, T new tokens of each,
+n blocks of a group, M owners of each, S slots of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunesmith.nn.kernels import causal_mask, chunk_mask, kernel
+from tunesmith.nn.kv_cache import BlockPool, Chunk, Pass, Steps
+
+
+def attend_cached(
+    q: Tensor, k: Tensor, v: Tensor, line: Pass, layer: int, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Keep the new keys and values, then let queries see their sequences: q (L, H, K), k and v (L, G, K) -> (L, H, K)."""
+    line.pool.write(layer, k, v, line.slots)
+    parts = []
+    end = 0
+    if line.steps is not None:
+        end = line.steps.rows * line.steps.tokens
+        parts.append(_by_block(q[:end], line.steps, line.pool, layer, window, scale, softcap))
+    for chunk in line.chunks:
+        if chunk.start > end:  # padding
+            parts.append(q.new_zeros(chunk.start - end, *q.shape[1:]))
+        rows = slice(chunk.start, chunk.stop)
+        parts.append(_chunk(q[rows], k[rows], v[rows], chunk, line.pool, layer, window, scale, softcap))
+        end = chunk.stop
+    if len(q) > end:
+        parts.append(q.new_zeros(len(q) - end, *q.shape[1:]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _chunk(q, k, v, chunk: Chunk, pool: BlockPool, layer: int, window: int | None, scale: float, softcap) -> Tensor:
+    """Neighbours of one sequence: q (T, H, K), k and v (T, G, K) -> (T, H, K)."""
+    length = len(q)
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    if chunk.past == 0:
+        mask = causal_mask(length, window, q.device)
+        return kernel(q, k, v, mask, mask is None, scale, softcap)[0].transpose(0, 1)
+    end = chunk.past + length
+    keys, values = pool.of_sequence(layer, chunk.table, end)
+    mask = chunk_mask((chunk.past, end), window, q.device)
+    y = kernel(q.to(keys.dtype), keys, values, mask, False, scale, softcap)
+    return y[0].transpose(0, 1).to(q.dtype)
+
+
+def _by_block(
+    q: Tensor, steps: Steps, pool: BlockPool, layer: int, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """One or a few tokens of each of many sequences: q (B * T, H, K) -> (B * T, H, K).
+
+    Blocks are multiplied where they lie: nothing is copied or padded to the longest sequence, and what sequences share is read once.
+    Each block's part of the softmax is brought together with its owner's others (as in flash decoding, arXiv 2311.01282).
+    """
+    keys, values = pool.keys[layer], pool.values[layer]
+    batch, tokens, grouped = steps.rows, steps.tokens, keys.shape[1]
+    queries = (q.view(batch, tokens, grouped, -1, q.shape[-1]).permute(0, 2, 3, 1, 4) * scale).to(keys.dtype)
+    if batch == len(steps.groups) == 1 and softcap is None:
+        (group,), (mask,) = steps.groups, steps.masks(window)
+        output = _alone(queries[0], keys[group.blocks], values[group.blocks], mask)
+        return output.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+    shape = queries.shape[1:-1]  # G, R, T
+    nobody = queries.new_zeros(1, *queries.shape[1:])
+    queries = torch.cat([queries, nobody])
+    largest = torch.full((batch + 1, *shape), torch.finfo(torch.float32).min, device=q.device)
+    scores = []
+    for group, mask in zip(steps.groups, steps.masks(window)):
+        owned = queries.index_select(0, group.owners).unflatten(0, (-1, group.owners_per_block)).transpose(1, 2)
+        some = owned.flatten(2, 4) @ keys[group.blocks].transpose(-1, -2)  # (n, G, M * R * T, S)
+        some = some.float().view(*some.shape[:2], group.owners_per_block, *shape[1:], -1)
+        if softcap is not None:
+            some = softcap * torch.tanh(some / softcap)
+        some += mask
+        scores.append(some)
+        tops = some.amax(-1).transpose(1, 2).flatten(0, 1)  # (n * M, G, R, T)
+        largest.scatter_reduce_(0, group.owners[:, None, None, None].expand_as(tops), tops, "amax")
+    total, output = torch.zeros_like(largest), torch.zeros(*largest.shape, q.shape[-1], device=q.device)
+    for group, some in zip(steps.groups, scores):
+        owned = largest.index_select(0, group.owners).unflatten(0, (-1, group.owners_per_block)).transpose(1, 2)
+        some.sub_(owned[..., None]).exp_()
+        total.index_add_(0, group.owners, some.sum(-1).transpose(1, 2).flatten(0, 1))
+        seen = some.flatten(2, 4).to(values.dtype) @ values[group.blocks]  # (n, G, M * R * T, K)
+        seen = seen.float().view(*some.shape[:-1], -1).transpose(1, 2).flatten(0, 1)
+        output.index_add_(0, group.owners, seen)
+    output = (output / total[..., None].clamp_min_(torch.finfo(torch.float32).tiny))[:batch]
+    return output.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1).to(q.dtype)
+
+
+def _alone(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """The same for one sequence, whose softmax needs no bringing together: q (G, R, T, K), keys and values (n, G, S, K) -> (G, R, T, K)."""
+    scores = q.flatten(1, 2) @ keys.transpose(-1, -2)  # (n, G, R * T, S)
+    scores = scores.float().view(len(keys), *q.shape[:-1], -1) + mask[:, :, 0]
+    seen = scores.movedim(0, -2).flatten(-2).softmax(-1).view(*q.shape[:-1], len(keys), -1).movedim(-2, 0)
+    return (seen.flatten(2, 3).to(values.dtype) @ values).sum(0).float().view_as(q)
