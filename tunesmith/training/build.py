@@ -177,7 +177,7 @@ def construct_model(
     """
     if config.dtype == "bf16" and not supports_bf16(mesh.device):
         raise UserError(f"{mesh.device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
-    check_trainable(source.hf_config, source.name)
+    check_trainable(config, source.hf_config)
     lora = config.weights if isinstance(config.weights, LoRAWeights) else None
     dtype = DTYPES[config.dtype] if lora else trained_dtype(config)
     rows = source.family.read_config(source.hf_config).vocab_size
@@ -186,6 +186,8 @@ def construct_model(
     hf_config = {**source.hf_config, "vocab_size": tokenizer.vocab_size} if grows else source.hf_config
     with torch.device("meta"), default_dtype(dtype):
         model = build(hf_config, source.family, source.family.read_config(hf_config))
+    if source.folder is not None:
+        prepare_quantized(model, source.folder)
     if lora:
         _apply(model, lora, resume_from)
     if config.qat:
@@ -355,10 +357,12 @@ def _construct(
     with torch.device("meta"), default_dtype(wanted):
         model = build(hf_config, family, decoder_config)
     prepare_quantized(model, folder)
-    if hf_config.get("quantization_config") and (adapter is not None or quantize_base):
-        raise UserError(
-            f"{path} is quantized: neither `quantize_base` nor an adapter goes with it; take the model it was made from"
-        )
+    if content := hf_config.get("quantization_config"):
+        takes_adapters = Scheme.of_config(content).type == "nf4"
+        if quantize_base or (adapter is not None and not takes_adapters):
+            raise UserError(
+                f"{path} is quantized: neither `quantize_base` nor (but for NF4) an adapter goes with it; take the model it was made from"
+            )
     if adapter_folder is not None:
         if warning := warn_of_another_base(adapter_folder, str(path)):
             logger.warning("%s", warning)
