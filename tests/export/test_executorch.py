@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from tests.export.greedy import FAMILIES, expected_tokens, export_to, program_tokens, save_model
+from tunesmith.checkpoint.quantized import write_quantized
 from tunesmith.configs.export import ProgramFile
 from tunesmith.data.tokenizer import load_tokenizer
+from tunesmith.errors import UserError
 from tunesmith.export.quiet import quietly
+from tunesmith.nn.scheme import Scheme
+from tunesmith.training.build import load_model
 
 runtime = pytest.importorskip("executorch.runtime")
 ROOM = {"max_length": 32, "max_chunk": 8}
@@ -57,6 +61,32 @@ def test_half_precision(tmp_path, dtype, backend):
     options = ProgramFile(**ROOM, backend=backend)
     facts = export_to(tmp_path / "out", model, "executorch", dtype=dtype, program=options)
     assert facts["outputs"][0]["dtype"] == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_four_bit_weights(tmp_path, capsys, dtype):
+    """Scales saved in bfloat16 are XNNPACK's, and so are the tokens; others are rounded, which is told."""
+    scheme, number_type = Scheme("int8_dynamic_int4", 32), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    write_quantized(load_model(save_model("llama", tmp_path / "model")), tmp_path / "int4", scheme, number_type)
+    export_to(tmp_path / "out", tmp_path / "int4", "executorch", program=ProgramFile(**ROOM))
+    assert ("scales of 4-bit weights" in capsys.readouterr().out) == (dtype == "fp32")
+    if dtype == "bf16":
+        assert program_tokens(Runtime(tmp_path / "out" / "model.pte")) == expected_tokens(tmp_path / "int4")
+
+
+def test_quantized_models_that_are_refused(tmp_path):
+    model = load_model(save_model("llama", tmp_path / "model"))
+    write_quantized(model, tmp_path / "4", Scheme("int4_weight_only", 32), torch.float32)
+    write_quantized(model, tmp_path / "8da4w", Scheme("int8_dynamic_int4", 32), torch.float32)
+    with pytest.raises(UserError, match="quantized in a way that ExecuTorch doesn't compute with"):
+        export_to(tmp_path / "out", tmp_path / "4", "executorch")
+    for options in ({"program": ProgramFile(backend="portable")}, {"dtype": "fp16"}):
+        with pytest.raises(UserError, match="leave `.*` out"):
+            export_to(tmp_path / "out", tmp_path / "8da4w", "executorch", **options)
+    for format in ("torch_export", "onnx"):
+        with pytest.raises(UserError, match=f"is quantized and can't be exported as {format}"):
+            export_to(tmp_path / "out", tmp_path / "8da4w", format)
 
 
 @pytest.mark.slow
