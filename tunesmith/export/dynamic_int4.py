@@ -47,10 +47,10 @@ def use_torchao(model: CausalLM) -> float:
             levels,
             rounded,
             zeros,
-            torch.int4,
+            torch.int4,  # type: ignore[attr-defined]
             group,
             scales.dtype,
-            "int8_asym_per_token",  # type: ignore[attr-defined]
+            "int8_asym_per_token",
         )
         replace_module(model, name, _linear(weight, layer.bias))
     require("torchao.utils", "executorch", "a quantized program").unwrap_tensor_subclass(model)

@@ -160,7 +160,7 @@ def constraint_of(config: Generate) -> Constraint | None:
     elif config.regex is not None:
         constraint = Constraint.regex(config.regex)
     elif config.grammar is not None:
-        is_text = re.search(r":\s", config.grammar) is not None
+        is_text = re.search(r":\s|::=", config.grammar) is not None
         constraint = Constraint.grammar(config.grammar if is_text else _read("grammar", config.grammar))
     else:
         return None
