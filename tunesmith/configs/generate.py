@@ -80,6 +80,8 @@ class Generate(RunSettings):
     """Texts generated at a time; as one ends, the next joins."""
     cache_tokens: int | None = None
     """Tokens whose keys and values are held for them; default: enough for the longest. With fewer, some wait, or start again."""
+    compile: bool = False
+    """Compile the steps; on CUDA they become graphs. It takes a while before the first text, and is worth it for many."""
     speculative: Speculative = field(default_factory=Speculative)
     """Guess ahead: the same text in fewer passes."""
     exact_logprobs: bool = False
@@ -97,6 +99,8 @@ class Generate(RunSettings):
 
     def problems(self):
         yield from super().problems()
+        if self.compile and self.tensor_parallel_dim > 1:
+            yield "`compile` can't be combined with `tensor_parallel_dim`: leave one of them out"
         yield from below(
             1, self, "max_new_tokens", "top_k", "num_samples", "batch_size", "cache_tokens", "tensor_parallel_dim"
         )

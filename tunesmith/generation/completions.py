@@ -85,6 +85,7 @@ def generate_completions(
     cache_tokens: int | None = None,
     drafter: Callable[[int], Drafter] | None = None,
     exact_logprobs: bool = False,
+    compile: bool = False,
     places: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Like `generate`, with tokens, reasons and log-probabilities: sampling.num_samples completions a prompt, in the prompts' order.
@@ -94,6 +95,7 @@ def generate_completions(
         agree: see Engine.
         cache_tokens: tokens whose keys and values are held; None: enough for batch_size of the longest sequences.
         drafter: given cache_tokens, who guesses ahead (generation.speculative).
+        compile: see Engine.
         exact_logprobs: log-probabilities to the bit as a training step computes them (generation.exact).
         places: numbers that a prompt's randomness depends on; None: its place among `prompts`. For whoever generates a part of more.
 
@@ -118,6 +120,7 @@ def generate_completions(
         on_text=on_text,
         agree=agree,
         drafter=None if drafter is None else drafter(cache_tokens),
+        compile=compile,
     )
     with generating(model):
         for writing in writings:

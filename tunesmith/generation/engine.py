@@ -97,6 +97,7 @@ class Engine:
         on_text: Callable[[int, str], None] | None = None,
         agree: Callable[[Tensor], Tensor] | None = None,
         drafter: Drafter | None = None,
+        compile: bool = False,
     ):
         """
         Args:
@@ -108,11 +109,13 @@ class Engine:
             on_text: called with (index, piece of text) as text comes.
             agree: given the tokens chosen here, those that all ranks take which generate the same together: what is rounded
                 another way somewhere must not lead them apart.
+            drafter: guesses ahead.
+            compile: compile the steps; on CUDA they become graphs. The first step of each size takes its time.
         """
         if cache_tokens is None:
             cache_tokens = batch_size * model.config.context_length
         self.model, self.tokenizer, self.batch_size, self.chunk_size = model, tokenizer, batch_size, chunk_size
-        self.reader = Reader(model, cache_tokens, shares)
+        self.reader = Reader(model, cache_tokens, shares, batch_size if compile else None)
         self.on_text, self.agree, self.drafter = on_text, agree or (lambda tokens: tokens), drafter
         self.waiting: deque[Writing] = deque()
         self.running: list[Writing] = []

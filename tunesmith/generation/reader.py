@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.generation.blocks import Blocks
+from tunesmith.generation.compiled import CompiledSteps
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.kv_cache import BLOCK_SIZE, BlockPool, Chunk, Group, Pass, Steps, groups_of
 
@@ -44,12 +45,18 @@ class Memory:
 class Reader:
     """Brings tokens of sequences through the model in passes, and keeps their keys and values."""
 
-    def __init__(self, model: CausalLM, num_tokens: int, shares: bool = False):
-        """num_tokens: what the memory holds. shares: what sequences begin with is read once for those that begin alike."""
+    def __init__(self, model: CausalLM, num_tokens: int, shares: bool = False, compile_for: int | None = None):
+        """
+        Args:
+            num_tokens: what the memory holds.
+            shares: what sequences begin with is read once for those that begin alike.
+            compile_for: sequences of a batch for which steps are compiled; None: they are not.
+        """
         self.model, self.device = model, model.model.device
         # Adapters compute in float32 and norms may widen: what comes in is of the stream's number type.
         self.pool = BlockPool(model.config, -(-num_tokens // BLOCK_SIZE), model.model.compute_dtype, self.device)
         self.blocks = Blocks(self.pool.num_blocks, self.pool.block_size, shares)
+        self._compiled = None if compile_for is None else CompiledSteps(model, self.pool, compile_for)
         self._plan: tuple[list[tuple[int, ...]], list[Group]] = ([], [])
 
     def begin(self, memory: Memory, shared: bool = False) -> None:
@@ -129,14 +136,17 @@ class Reader:
         numbers = torch.tensor([ids, positions, blocks, lengths], device=self.device)
         where = numbers[1]
         rectangle = None
+        slots = (numbers[2], where.clamp(min=0) % size)
         if steps:
             rows = where[: len(steps) * tokens].view(len(steps), tokens)
             groups = self._groups([memory for memory, _ in steps], tokens)
+            if self._compiled is not None and tokens == 1 and not chunks and self._compiled.fits(groups):
+                return self._compiled.read(numbers[0], where, slots, groups)
             rectangle = Steps(len(steps), tokens, groups, rows, size)
         line = Pass(
             self.pool,
             where[None],
-            (numbers[2], where.clamp(min=0) % size),
+            slots,
             numbers[3] if self.model.config.depends_on_length else None,
             rectangle,
             made,
@@ -147,7 +157,8 @@ class Reader:
         """How to go through their blocks; made anew only when one has another list of them."""
         tables = [tuple(memory.table[: self.needed(memory.read + tokens)]) for memory in memories]
         if self._plan[0] != tables:
-            self._plan = tables, groups_of(tables, self.pool, self.pool.num_blocks // 2)
+            room = None if self._compiled is None else self._compiled.batch_size
+            self._plan = tables, groups_of(tables, self.pool, self.pool.num_blocks // 2, room)
         return self._plan[1]
 
     def _kind(self, memory: Memory) -> tuple[int, ...]:

@@ -143,11 +143,14 @@ class Pass:
     chunks: list[Chunk]
 
 
-def groups_of(tables: Sequence[Sequence[int]], pool: BlockPool, low: int | None = None) -> list[Group]:
+def groups_of(
+    tables: Sequence[Sequence[int]], pool: BlockPool, low: int | None = None, room: int | None = None
+) -> list[Group]:
     """How to go through the blocks of B sequences.
 
     Blocks from `low` on are looked at apart: a pool may keep what is shared at one end. Neighbours are looked at where they lie,
-    with holes between them for nobody; blocks that lie far apart are copied together first.
+    with holes between them for nobody; blocks that lie far apart are copied together first. room: owners that each block
+    from `low` on is given room for, so that these make one group; None: as few as do.
     """
     seen: dict[int, list[tuple[int, int]]] = {}
     for row, table in enumerate(tables):
@@ -155,8 +158,9 @@ def groups_of(tables: Sequence[Sequence[int]], pool: BlockPool, low: int | None 
             seen.setdefault(block, []).append((row, place * pool.block_size))
     classes: dict[tuple[bool, int], list[int]] = {}
     for block, owners in seen.items():
-        size = 1 << (len(owners) - 1).bit_length()
-        classes.setdefault((low is not None and block >= low, size), []).append(block)
+        is_apart = low is not None and block >= low
+        size = room if room is not None and is_apart else 1 << (len(owners) - 1).bit_length()
+        classes.setdefault((is_apart, size), []).append(block)
     return [_group(sorted(blocks), seen, size, len(tables), pool) for (_, size), blocks in sorted(classes.items())]
 
 

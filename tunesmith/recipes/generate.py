@@ -95,6 +95,7 @@ def _generate(
         agree=None if mesh is None else partial(mesh.as_first, axis="tp"),
         cache_tokens=config.cache_tokens,
         drafter=drafter,
+        compile=config.compile,
         exact_logprobs=config.exact_logprobs,
         places=own,
     )
