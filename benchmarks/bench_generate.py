@@ -144,7 +144,7 @@ def theirs(model: str, dtype: str, longest: int, repeats: int) -> None:
 
 
 def their_batching(model: str, dtype: str, longest: int, repeats: int) -> None:
-    """The manager is kept between runs, as a server would; its cache holds what the case needs."""
+    """The manager is kept between runs, as a server would; its cache holds what the case needs, and of the passes tried here, those of 128 tokens were the fastest."""
     import logging
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
@@ -158,7 +158,7 @@ def their_batching(model: str, dtype: str, longest: int, repeats: int) -> None:
         blocks = case.samples * sum((length + longest) // 256 + 2 for length in case.prompts)
         with network.continuous_batching_context_manager(
             generation_config=GenerationConfig(eos_token_id=-1, pad_token_id=0, max_new_tokens=longest, **sampling),
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=2048),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=128),
         ) as manager:
 
             def generate(prompts: list[list[int]]) -> list[list[int]]:

@@ -8,7 +8,7 @@ import pytest
 from tests.generation.test_engine import Letters, prompts_of
 from tests.models.conftest import pair
 from tunesmith.errors import UserError
-from tunesmith.generation.completions import generate_completions, generating
+from tunesmith.generation.completions import generating
 from tunesmith.generation.engine import Engine, Writing, random_numbers
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speculative import DraftModel, PromptLookup, check_draft

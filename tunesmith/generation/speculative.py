@@ -27,8 +27,7 @@ class PromptLookup:
 
     def guess(self, writings: Sequence[Writing], limits: Sequence[int]) -> list[list[int]]:
         return [
-            self._continuation(writing.memory.ids, min(limit, self.tokens))
-            for writing, limit in zip(writings, limits)
+            self._continuation(writing.memory.ids, min(limit, self.tokens)) for writing, limit in zip(writings, limits)
         ]
 
     def leave(self, writing: Writing) -> None:
