@@ -195,3 +195,14 @@ def test_real_data_give_the_same_as_the_harness(assets, tmp_path, name):
     (tmp_path / f"{name}.yaml").write_text("\n".join([f"task: {name}_local", f"dataset_path: {kind}", *lines]))
     config = config_of(tmp_path, assets / "models" / "stories260K", [name], limit=25)
     assert_same(ours(config)[0], theirs(config))
+
+
+def test_long_evaluations_are_computed_in_parts_that_keep_questions_whole():
+    from tunesmith.eval.lm import _parts
+
+    contexts = [[1], [1], [1], [1, 2], [3], [3], [4]]
+    order = list(range(7))
+    assert _parts(order, contexts, [5] * 7, least=1) == [[0, 1, 2], [3], [4, 5], [6]]
+    assert _parts(order, contexts, [5] * 7, least=20) == [[0, 1, 2, 3], [4, 5, 6]]
+    assert _parts(order, contexts, [5] * 7, least=1000) == [order]
+    assert _parts([], contexts, [], least=1) == _parts([], contexts, [], least=0) == []
