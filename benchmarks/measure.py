@@ -21,7 +21,18 @@ from typing import Any
 HERE = Path(__file__).parent
 _SIGN = "@mark "
 _CLOCK = "TUNESMITH_BENCHMARK_CLOCK"
-PACKAGES = ("torch", "tunesmith", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
+PACKAGES = (
+    "torch",
+    "tunesmith",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "lm_eval",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)

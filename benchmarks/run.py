@@ -1,6 +1,6 @@
 """Side by side with transformers and TRL, each contender in its own process, rounds interleaved.
 
-    python benchmarks/run.py [train|methods|generate|load|data|cli|parallel|gpu|all] [--quick] [--rounds N] [--threads N] [--clock wall|cpu]
+    python benchmarks/run.py [train|methods|generate|evaluate|load|data|cli|parallel|gpu|all] [--quick] [--rounds N] [--threads N] [--clock wall|cpu]
 
 Prints tables and keeps every measurement as JSON under benchmarks/results/. Nothing here is a test: numbers are looked at.
 """
@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE))
 
 from measure import Options, Table, machine, versions  # noqa: E402
 
-BENCHMARKS = ["cli", "data", "load", "generate", "train", "methods", "parallel"]
+BENCHMARKS = ["cli", "data", "load", "generate", "evaluate", "train", "methods", "parallel"]
 """What `all` runs; gpu needs a machine with one."""
 
 

@@ -95,7 +95,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("plain", "other arguments", "chat of several turns")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_same_as_the_harness_on_a_random_model(task_folder, tiny_model, case):
     config = config_of(task_folder, tiny_model, **CASES[case])
     assert_same(ours(config)[0], theirs(config))
@@ -137,3 +142,67 @@ def test_what_does_not_fit_is_told(task_folder, tiny_model):
 def test_impossible_generation_arguments_are_told(task_folder, tiny_model, arguments, message):
     with pytest.raises(UserError, match=message):
         ours(config_of(task_folder, tiny_model, ["answers"], gen_kwargs=arguments))
+
+
+REAL_TASKS = {
+    "hellaswag": """
+        dataset_kwargs: {data_files: {validation: DATA/hellaswag/val_500.jsonl}}
+        output_type: multiple_choice
+        validation_split: validation
+        doc_to_text: "{{query}}"
+        doc_to_target: "{{gold}}"
+        doc_to_choice: choices
+        metric_list: [{metric: acc}, {metric: acc_norm}]
+    """,
+    "gsm8k": """
+        dataset_kwargs: {data_files: {train: DATA/gsm8k/train_2000.jsonl, test: DATA/gsm8k/test.jsonl}}
+        output_type: generate_until
+        training_split: train
+        fewshot_split: train
+        test_split: test
+        doc_to_text: "Question: {{question}}\\nAnswer:"
+        doc_to_target: "{{answer}}"
+        num_fewshot: 1
+        generation_kwargs: {until: ["Question:", "</s>"], do_sample: false, max_gen_toks: 24}
+        metric_list: [{metric: exact_match, regexes_to_ignore: [",", "(?s).*#### "]}]
+        filter_list: [{name: flexible, filter: [{function: regex, group_select: -1, regex_pattern: "(-?[0-9.,]{2,})|(-?[0-9]+)"}, {function: take_first}]}]
+    """,
+    "humaneval": """
+        dataset_kwargs: {data_files: {test: DATA/humaneval/HumanEval.jsonl.gz}}
+        output_type: generate_until
+        test_split: test
+        doc_to_text: "{{prompt}}"
+        doc_to_target: "{{canonical_solution}}"
+        generation_kwargs: {until: ["\\nclass", "\\ndef", "\\nprint"], do_sample: false, max_gen_toks: 24}
+        metric_list: [{metric: exact_match}]
+    """,
+    "wikitext": """
+        dataset_kwargs: {data_files: {test: DATA/wikitext-2/test.txt}}
+        output_type: loglikelihood_rolling
+        test_split: test
+        doc_to_text: ""
+        doc_to_target: "{{text}}"
+        metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity}]
+    """,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL_TASKS)
+def test_real_data_give_the_same_as_the_harness(assets, tmp_path, name):
+    lines = [line[8:] for line in REAL_TASKS[name].replace("DATA", str(assets / "data")).strip("\n").splitlines()]
+    kind = "text" if name == "wikitext" else "json"
+    (tmp_path / f"{name}.yaml").write_text("\n".join([f"task: {name}_local", f"dataset_path: {kind}", *lines]))
+    config = config_of(tmp_path, assets / "models" / "stories260K", [name], limit=25)
+    assert_same(ours(config)[0], theirs(config))
+
+
+def test_long_evaluations_are_computed_in_parts_that_keep_questions_whole():
+    from tunesmith.eval.lm import _parts
+
+    contexts = [[1], [1], [1], [1, 2], [3], [3], [4]]
+    order = list(range(7))
+    assert _parts(order, contexts, [5] * 7, least=1) == [[0, 1, 2], [3], [4, 5], [6]]
+    assert _parts(order, contexts, [5] * 7, least=20) == [[0, 1, 2, 3], [4, 5, 6]]
+    assert _parts(order, contexts, [5] * 7, least=1000) == [order]
+    assert _parts([], contexts, [], least=1) == _parts([], contexts, [], least=0) == []

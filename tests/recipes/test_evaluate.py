@@ -170,6 +170,7 @@ def on_two(arguments, cache):
     main(Evaluate(**arguments))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_as_one(tiny_model, task_folder, texts, tmp_path):
     options = {
         "model": str(tiny_model),

@@ -5,13 +5,15 @@ Tokens are cut as the harness's own HFLM cuts them, so that scores are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import lm_eval.utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
 
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
@@ -25,6 +27,8 @@ T = TypeVar("T")
 Ids = list[int]
 
 _WITHOUT_EFFECT = {"use_cache", "pad_token_id", "early_stopping"}
+_CALLS = 40
+"""In how many parts a long evaluation is computed at most."""
 _MAX_NEW_TOKENS = 256
 """Of a task that names no number, as in the harness."""
 
@@ -133,8 +137,9 @@ class EngineLM(TemplateLM):
         def scored(share: list[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
             return [(one.log_prob, one.is_greedy) for one in score(self.model, share, self.batch_tokens)]
 
-        keys = [tuple(context) for context, _ in pairs]
-        return self._divided(pairs, keys, [len(context) + len(continuation) for context, continuation in pairs], scored)
+        contexts = [context for context, _ in pairs]
+        costs = [len(context) + len(continuation) for context, continuation in pairs]
+        return self._divided(pairs, contexts, costs, scored, least=32 * self.batch_tokens)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [request.args[0] for request in requests]
@@ -156,10 +161,12 @@ class EngineLM(TemplateLM):
         samplings = [known.setdefault(one, one) for one in (self._sampling(arguments) for _, arguments in texts)]
         contexts = self._encode([context for context, _ in texts])
         prompts = [self._fitting(ids, sampling) for ids, sampling in zip(contexts, samplings)]
-        keys = [tuple(prompt) for prompt in prompts]
         costs = [len(prompt) + sampling.max_new_tokens for prompt, sampling in zip(prompts, samplings)]
         items = list(zip(range(len(prompts)), prompts, samplings))
-        answers = self._divided(items, keys, costs, self._generated)
+        least = (
+            16 * self.batch_size * max(costs, default=0)
+        )  # the end of a call, when few are left, must not weigh much
+        answers = self._divided(items, prompts, costs, self._generated, least)
         for text, answer in zip(texts, answers):
             self.cache_hook.add_partial("generate_until", text, answer)
         return answers
@@ -220,16 +227,33 @@ class EngineLM(TemplateLM):
         return text
 
     def _divided(
-        self, items: list[Any], keys: Sequence[Hashable], costs: list[int], compute: Callable[[list[Any]], list[T]]
+        self,
+        items: list[Any],
+        contexts: Sequence[Ids],
+        costs: list[int],
+        compute: Callable[[list[Any]], list[T]],
+        least: int,
     ) -> list[T]:
-        """`compute` of all items on every rank, each of which did a share. Items with one key go to one rank."""
-        groups: dict[Hashable, list[int]] = {}
-        for index, key in enumerate(keys):
-            groups.setdefault(key, []).append(index)
-        by_cost = sorted(groups.values(), key=lambda group: -sum(costs[index] for index in group))
-        own = [index for group in by_cost[self.ranks.rank :: self.ranks.world_size] for index in group]
-        shares = self.ranks.on_all(lambda: dict(zip(own, compute([items[index] for index in own]))))
-        found = {index: result for share in shares for index, result in share.items()}
+        """`compute` of all items on every rank, each of which did a share.
+
+        Items whose contexts begin alike come to one rank, and as far as can be into one call, which reads that once.
+        least: cost of a call of `compute`, between which it is shown how far this has come.
+        """
+        order = sorted(range(len(items)), key=lambda index: contexts[index])
+        shares = _parts(order, contexts, costs, -(-sum(costs) // self.ranks.world_size))
+        own = shares[self.ranks.rank] if self.ranks.rank < len(shares) else []
+        least = max(least, sum(costs[index] for index in own) // _CALLS)
+
+        def computed() -> dict[int, T]:
+            found: dict[int, T] = {}
+            is_shown = self.ranks.is_main and sys.stderr.isatty()
+            with tqdm(total=len(own), desc="requests", disable=not is_shown) as bar:
+                for part in _parts(own, contexts, costs, least):
+                    found.update(zip(part, compute([items[index] for index in part])))
+                    bar.update(len(part))
+            return found
+
+        found = {index: result for share in self.ranks.on_all(computed) for index, result in share.items()}
         return [found[index] for index in range(len(items))]
 
     # --- chats and names -----------------------------------------------------------------------------
@@ -260,6 +284,19 @@ class EngineLM(TemplateLM):
             "model_revision": "main",
             "model_sha": "",
         }
+
+
+def _parts(order: list[int], contexts: Sequence[Ids], costs: list[int], least: int) -> list[list[int]]:
+    """`order` cut into parts that cost at least `least` each, but for the last; what has one context is not cut apart."""
+    parts: list[list[int]] = []
+    cost = least
+    for place, index in enumerate(order):
+        if cost >= least and (place == 0 or contexts[index] != contexts[order[place - 1]]):
+            parts.append([])
+            cost = 0
+        parts[-1].append(index)
+        cost += costs[index]
+    return parts
 
 
 def context_length(model: CausalLM) -> int:
