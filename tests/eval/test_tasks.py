@@ -21,7 +21,7 @@ def tasks():
 def test_few_files_are_read_and_all_that_is_needed(tasks, name):
     manager = tasks._manager([name], [])
     assert not tasks._missing([name], manager)
-    assert len(manager.all_tasks) < 2000
+    assert len(manager.task_index) < 2000
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from tests.generation.test_engine import Letters
 from tests.models.conftest import config_json, make_reference, tokens
 from tunesmith.configs.export import Export
-from tunesmith.generation.engine import generate_completions
+from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.recipes import export
 from tunesmith.training.build import load_model

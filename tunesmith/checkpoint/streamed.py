@@ -45,7 +45,7 @@ def is_streamed(module: nn.Module) -> bool:
 def weights_here(module: nn.Module) -> Iterator[None]:
     """Within it the weights that `module` computes with (for a tied head the embedding's) are in memory. Nothing to do where they always are."""
     holders = [one for one in _holders(module) if is_streamed(one)]
-    before = [dict(one._parameters) for one in holders]
+    before = [{leaf: one._parameters[leaf] for leaf in one.__dict__[_STORED]} for one in holders]
     for one in holders:
         for leaf, (stored, device) in one.__dict__[_STORED].items():
             if (parameter := one._parameters[leaf]) is not None and parameter.is_meta:

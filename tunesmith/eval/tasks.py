@@ -74,7 +74,7 @@ def _specs(name: str, manager: TaskManager) -> Iterator[str]:
         yield name
     else:
         raise UserError(
-            f"`tasks`: no task {name}{did_you_mean(name, {*_places(), *manager.all_tasks})}; lm-eval ls tasks lists them, "
+            f"`tasks`: no task {name}{did_you_mean(name, {*_places(), *manager.task_index})}; lm-eval ls tasks lists them, "
             "and a task of your own is named by its file, such as ./my_task.yaml"
         )
 
@@ -159,14 +159,23 @@ def _manager(names: Iterable[str], own: list[Path]) -> TaskManager:
     """One that knows `names` and what they consist of. To read all 14,000 of the harness's tasks takes a quarter of a minute, so
     only folders that hold what is wanted are read."""
     manager = TaskManager(include_path=list(own), include_defaults=False)
-    missing = _missing(names, manager)
-    places = _places() if missing else {}
-    folders: set[Path] = set()
-    while missing := missing & places.keys():  # what has no place is defined by the group that names it, or unknown
-        folders |= {folder for name in missing for folder in places[name]}
-        manager = TaskManager(include_path=[*sorted(folders, reverse=True), *own], include_defaults=False)
-        missing = _missing(names, manager)
+    done: set[Path] = set()
+    while missing := _missing(names, manager):
+        wanted = {folder for name in missing for folder in _places().get(name, ())} - done
+        if not wanted:
+            break  # what is still missing is defined by the group that names it, or unknown
+        for folder in sorted(wanted):
+            _add(manager.task_index, TaskManager(include_path=folder, include_defaults=False).task_index)
+        done |= wanted
     return manager
+
+
+def _add(index: dict[str, Any], more: dict[str, Any]) -> None:
+    """Tasks that are not known yet, and to tags those that bear them."""
+    for name, entry in more.items():
+        known = index.setdefault(name, entry)
+        if known.yaml_path is None and entry.yaml_path is None:
+            known.tags |= entry.tags
 
 
 def _missing(names: Iterable[str], manager: TaskManager) -> set[str]:
@@ -200,7 +209,8 @@ def _places() -> dict[str, set[Path]]:
             if name not in places:  # the harness takes the first
                 places[name].add(path.parent)
         tags[path] = [name for found in _TAGS.findall(text) for name in _WORD.findall(found)]
-        includes |= {path: Path(os.path.normpath(path.parent / name)) for name in _INCLUDE.findall(text)}
+        for name in _INCLUDE.findall(text):
+            includes[path] = Path(os.path.normpath(path.parent / name))
     for path in tags:
         source: Path | None = path
         while source is not None:

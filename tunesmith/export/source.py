@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,25 @@ class Source:
         has_own = (self.folder / "tokenizer_config.json").is_file() or (self.folder / "tokenizer.json").is_file()
         return self.folder if self.base is None or has_own else self.base
 
+    @property
+    def stem(self) -> str:
+        """What to call a file of it: the last part of its name."""
+        path = Path(self.name)
+        return re.sub(r"[^\w.-]+", "-", path.resolve().name if path.exists() else self.name.rpartition("/")[2])
+
     def stream(self, device: str) -> CausalLM:
         """The model, adapter included, its weights still in their files. Raises UserError for an adapter that changes nothing."""
         # A QLoRA adapter, too, is merged into the base as it was before quantization.
         model = stream_model(self.folder, device, base=self.base)
         if self.base is not None:
             check_changes_something(model)
-            print(f"merging {len(adapter_layers(model))} adapter layers of {self.folder} into {self.base}")
+            print(f"{len(adapter_layers(model))} adapter layers of {self.folder} on {self.base}")
         return model
+
+    def must_be_adapter(self, option: str) -> None:
+        """Raise UserError for a model, where an adapter is wanted."""
+        if self.base is None:
+            raise UserError(f"`{option}` writes an adapter, and {self.name} is none: it has no adapter_config.json")
 
     def must_speak(self, format: str) -> None:
         """Raise UserError for a model whose head gives scores, or whose weights are quantized: `format` has no place for it."""

@@ -33,6 +33,7 @@ from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
+from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.training.preflight import (
     check_plain,
     check_trainable,
@@ -279,6 +280,7 @@ def load_model(
     adapter: str | Path | None = None,
     base: str | Path | None = None,
     quantize_base: bool = False,
+    mesh: Mesh | None = None,
 ) -> CausalLM:
     """A model to compute with, from a folder or a Hub id; the folder of a PEFT adapter brings its base.
 
@@ -289,12 +291,19 @@ def load_model(
         adapter: a PEFT adapter to put on the model.
         base: the adapter's base, where it is not the one that adapter_config.json names.
         quantize_base: hold the matrices in 4-bit NormalFloat.
+        mesh: where its axis tp has several ranks, each holds its part of every matrix.
 
     Returns the module in evaluation mode under Hugging Face's parameter names; its parameters ask for no gradient.
     Raises UserError for a folder that is no model, lacks files, or does not fit.
     """
     found = _construct(path, dtype, adapter, base, quantize_base)
     model, place = found.model, pick_device(str(device))
+    if mesh is not None and mesh.size("tp") > 1:
+        if model.hf_config.get("quantization_config"):
+            raise UserError(
+                f"{path} is quantized, and such a model is not spread over ranks: leave `tensor_parallel_dim` at 1"
+            )
+        apply_tensor_parallel(model, model.family.tp_plan, mesh, sequence_parallel=False)
     load_weights(model, found.folder, model.family, device=place, without=found.brought)
     _add_adapter(found, place)
     return model.requires_grad_(False).eval()

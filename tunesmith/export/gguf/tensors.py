@@ -5,8 +5,10 @@ O outputs, I inputs, H heads, K head size.
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.checkpoint.hf import explain_full_disk
 from tunesmith.errors import UserError
 from tunesmith.export.gguf.architecture import Architecture
 from tunesmith.models.family import DecoderConfig
@@ -139,6 +142,39 @@ def rounded(values: Tensor, kind: Any) -> np.ndarray:
 
     with np.errstate(over="ignore"):  # what float16 can't hold becomes infinite, which the comparison finds
         return quantize(values.contiguous().numpy(), kind)
+
+
+def write_tensors(
+    writer: Any,
+    path: Path,
+    made: Sequence[tuple[Placed, Callable[[], Tensor]]],
+    wanted: str,
+    factors: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Write what `writer` has been told, then each parameter as its turn comes, and force it to the disk; matrices in the number type `wanted`.
+
+    factors: further tensors of float32, {name: values}, which come first. Raises UserError for a full disk.
+    """
+    extra = {name: np.array(values, dtype=np.float32) for name, values in (factors or {}).items()}
+    for name, values in extra.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    for one, _ in made:
+        kind = type_of(one, wanted)
+        shape, dtype = stored_shape(one.shape, kind)
+        writer.add_tensor_info(one.gguf, shape, dtype, math.prod(shape) * dtype.itemsize, raw_dtype=kind)
+    with explain_full_disk(path.parent):
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for values in extra.values():
+                writer.write_tensor_data(values)
+            for one, make in made:
+                writer.write_tensor_data(rounded(one.there(make().cpu().float()), type_of(one, wanted)))
+            writer.flush()
+            os.fsync(writer.fout[0].fileno())
+        finally:
+            writer.close()
 
 
 @dataclass(frozen=True)

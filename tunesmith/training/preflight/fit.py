@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 
 def fit_problems(config: Any, notes: list[str]) -> Iterator[str]:
-    """What the numbers in config.json decide for a run that trains."""
+    """What the numbers in config.json decide for a run that trains, or spreads a model over ranks."""
     if not hasattr(config, "weights"):
+        if getattr(config, "tensor_parallel_dim", 1) > 1 and (found := shape_of(config)) is not None:
+            yield from Layout.of(config).problems(found[1], quantized=config.quantize_base)
         return
     from tunesmith.nn.targets import choose_layers
 
