@@ -407,7 +407,7 @@ def test_what_does_not_train_runs_in_one_process(model, monkeypatch):
     recipes = (["generate", "model=model"], ["export", "model=model", "output_dir=out"])
     for count, said in (
         (1, []),
-        (2, ["`generate` and `export` run in one process: leave the launch options out"]),
+        (2, ["`generate`, `quantize` and `export` run in one process: leave the launch options out"]),
     ):
         monkeypatch.setenv("WORLD_SIZE", str(count))
         assert [findings(*words) for words in recipes] == [said, said]

@@ -49,6 +49,10 @@ class Calibration(Checked):
     max_seq_len: int = 512
     """Tokens of a piece."""
 
+    @property
+    def data_files(self) -> list[str]:
+        return [self.data] if isinstance(self.data, str) else self.data or []
+
     def problems(self):
         yield from below(1, self, "num_samples")
         yield from below(2, self, "max_seq_len")
@@ -66,6 +70,10 @@ class PerplexityConfig(Checked):
     """Tokens that the model reads at a time; default: 2048 or its limit, whichever is smaller."""
     max_texts: int | None = None
     """Take only so many texts; null: all."""
+
+    @property
+    def text_files(self) -> list[str]:
+        return [self.files] if isinstance(self.files, str) else self.files
 
     def problems(self):
         yield from below(1, self, "max_seq_len", "max_texts")

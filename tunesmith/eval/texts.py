@@ -65,17 +65,17 @@ class _Text:
     """Of the blocks in bytes."""
 
 
-def read_texts(file: str) -> list[str]:
-    """The texts of a file: the whole of it, or each row's `text`. Raises UserError where there are none."""
+def read_texts(file: str, option: str = "perplexity") -> list[str]:
+    """The texts of a file: the whole of it, or each row's `text`. Raises UserError, naming the `option`, where there are none."""
     texts: list[str] = []
     for rows in read_file(Path(file).expanduser()).values():
         for index in range(len(rows)):
             text = rows[index].get("text")
             if not isinstance(text, str):
-                raise UserError(f"`perplexity`: {rows.place(index)}: there is no `text`, which is what is read")
+                raise UserError(f"`{option}`: {rows.place(index)}: there is no `text`, which is what is read")
             texts.append(text)
     if not any(text.strip() for text in texts):
-        raise UserError(f"`perplexity`: {file} holds no text")
+        raise UserError(f"`{option}`: {file} holds no text")
     return texts
 
 

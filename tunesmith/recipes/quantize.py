@@ -12,19 +12,20 @@ What is written is read back and compared with the rounded model in memory; tran
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.adapter import check_changes_something
 from tunesmith.checkpoint.check import TOLERANCES, check_rounded_logits, logits_from_files, probe_logits
 from tunesmith.checkpoint.load import stated_dtype
+from tunesmith.checkpoint.quantized import Written
 from tunesmith.configs.quantize import Quantize
-from tunesmith.data.texts import read_texts
 from tunesmith.data.tokenizer import Tokenizer, find_tokenizer
 from tunesmith.errors import UserError
 from tunesmith.eval.perplexity import Perplexity, perplexity
+from tunesmith.eval.texts import read_texts
 from tunesmith.export.repository import parse_size
 from tunesmith.export.source import find_source
 from tunesmith.models.decoder import CausalLM
@@ -49,9 +50,9 @@ def main(config: Quantize) -> None:
     source = find_source(config.model, config.base)
     check_roundable(config, source.hf_config, source.family, source.config)
     dtype = DTYPES[config.dtype] if config.dtype else stated_dtype(source.hf_config)
-    files = config.perplexity.files or config.calibration.data or []
+    files = config.perplexity.text_files or config.calibration.data_files
     tokenizer = find_tokenizer(config.tokenizer, source.tokenizer) if files else None
-    texts = read_texts(files, "perplexity.files")[: config.perplexity.max_texts] if files else []
+    texts = [text for file in files for text in read_texts(file, "perplexity.files")][: config.perplexity.max_texts]
     samples = read_samples(config, tokenizer) if tokenizer and config.calibration.method != "none" else None
 
     load = load_model if tokenizer else stream_model  # for a few tokens weights may stay in their files
@@ -73,32 +74,22 @@ def main(config: Quantize) -> None:
         tolerance = config.tolerance or max(TOLERANCES[dtype], 1e-2 if scheme.rounds_inputs else 0.0)
         difference = check_rounded_logits(ours, logits_from_files(folder, device), tolerance, str(output))
         after = measure(load_model(folder, device=device)) if tokenizer else None
-    left = [name for name in linear_layers(model) if name not in written.layers]
-    print(
-        f"wrote {output}: {scheme}{_method(config)}, {len(written.layers)} linear layers; left as they are: {shortened([model.head_name, *left])}"
-    )
-    print(
-        f"size of the weights: {megabytes(written.size)} instead of {megabytes(written.plain_size)} in {str(dtype).removeprefix('torch.')}; "
-        f"a quantized weight takes {written.quantized_size / written.quantized_count:.3f} bytes"
-    )
+    print(f"wrote {output}: {scheme}{_method(config)}, {_layers(model, written)}")
+    print(_size(written, dtype))
     if before is not None and after is not None:
-        print(
-            f"perplexity: {before.perplexity:.5g} before, {after.perplexity:.5g} after ({after.tokens} tokens of {_text(config)})"
-        )
-    print(
-        f"largest difference of a logit from the model before: {(ours - plain).abs().max():.3g}, where the largest is {plain.abs().max():.3g}"
-    )
-    print(
-        f"read back: the logits differ by {difference:.1e} of their size from those of the rounded model in memory (tolerance {tolerance:.0e})"
-    )
+        told = f"{before.perplexity:.5g} before, {after.perplexity:.5g} after"
+        print(f"perplexity: {told} ({after.tokens} tokens of {_text(config)})")
+    largest, off = plain.abs().max(), (ours - plain).abs().max()
+    print(f"largest difference of a logit from the model before: {off:.3g}, where the largest is {largest:.3g}")
+    memory = f"{difference:.1e} of their size from those of the rounded model in memory"
+    print(f"read back: the logits differ by {memory} (tolerance {tolerance:.0e})")
 
 
 def read_samples(config: Quantize, tokenizer: Tokenizer) -> Tensor:
     """Ids (B, T) of the text that the rounding heeds."""
     own = config.calibration
-    return calibration_samples(
-        tokenizer, read_texts(own.data or [], "calibration.data"), own.num_samples, own.max_seq_len, config.seed or 0
-    )
+    texts = [text for file in own.data_files for text in read_texts(file, "calibration.data")]
+    return calibration_samples(tokenizer, texts, own.num_samples, own.max_seq_len, config.seed or 0)
 
 
 def _method(config: Quantize) -> str:
@@ -107,16 +98,24 @@ def _method(config: Quantize) -> str:
 
 
 def _text(config: Quantize) -> str:
-    if not config.perplexity.files:
-        return "the calibration's own text, which the model after has seen: name others in `perplexity.files`"
-    return config.perplexity.files if isinstance(config.perplexity.files, str) else ", ".join(config.perplexity.files)
+    if not config.perplexity.text_files:
+        return "the calibration's own text, which it has seen: name others in `perplexity.files`"
+    return ", ".join(config.perplexity.text_files)
 
 
-def megabytes(size: int) -> str:
-    """A number of bytes for people."""
+def _layers(model: CausalLM, written: Written) -> str:
+    """How many layers are quantized, and which are not, those of all blocks as one."""
+    left = [model.head_name, *(name for name in linear_layers(model) if name not in written.layers)]
+    names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in left)
+    return f"{len(written.layers)} linear layers; left as they are: {', '.join(names)}"
+
+
+def _size(written: Written, dtype: torch.dtype) -> str:
+    """What is saved: of int4, too, torchao's files hold a byte a number."""
+    each = written.quantized_size / written.quantized_count
+    sizes = f"{in_bytes(written.size)} instead of {in_bytes(written.plain_size)} in {str(dtype).removeprefix('torch.')}"
+    return f"size of the weights: {sizes}; a quantized weight takes {each:.3f} bytes"
+
+
+def in_bytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
-
-
-def shortened(names: Iterable[str]) -> str:
-    """Names of layers, those of all layers with the same end as one."""
-    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))

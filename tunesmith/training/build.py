@@ -359,9 +359,11 @@ def _construct(
     prepare_quantized(model, folder)
     if content := hf_config.get("quantization_config"):
         takes_adapters = Scheme.of_config(content).type == "nf4"
-        if quantize_base or (adapter is not None and not takes_adapters):
+        if takes_adapters and quantize_base:
+            raise UserError(f"{path} is quantized already: leave `quantize_base` out")
+        if not takes_adapters and (quantize_base or adapter is not None):
             raise UserError(
-                f"{path} is quantized: neither `quantize_base` nor (but for NF4) an adapter goes with it; take the model it was made from"
+                f"{path} is quantized: neither `quantize_base` nor an adapter goes with it; take the model it was made from, or one in NF4"
             )
     if adapter_folder is not None:
         if warning := warn_of_another_base(adapter_folder, str(path)):

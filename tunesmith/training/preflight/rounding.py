@@ -20,8 +20,9 @@ def rounding_problems(config: Any, notes: list[str]) -> Iterator[str]:
     """What the files of a model, and those of texts, tell before any is read whole."""
     if not hasattr(config, "scheme"):
         return
-    for option, named in (("calibration.data", config.calibration.data), ("perplexity.files", config.perplexity.files)):
-        for file in [named] if isinstance(named, str) else named or ():
+    own, measured = config.calibration.data_files, config.perplexity.text_files
+    for option, named in (("calibration.data", own), ("perplexity.files", measured)):
+        for file in named:
             if not Path(file).expanduser().is_file():
                 yield f"`{option}`: there is no file {file}"
     from tunesmith.models.families import model_config
