@@ -7,6 +7,7 @@ import pytest
 
 from tunesmith.config import load, load_config
 from tunesmith.configs import torchtune_methods, torchtune_names
+from tunesmith.configs.quantize import SchemeConfig
 from tunesmith.configs.shared import (
     SGD,
     AdamW,
@@ -98,8 +99,6 @@ def test_readme_with_every_memory_option():
         ("ppo_full_finetune_single_device --config mistral/7B_full_ppo_low_memory", "PPO"),
         ("dev/grpo_full_finetune_distributed --config dev/3B_full_grpo", "GRPO"),
         ("dev/async_grpo_full_finetune_distributed --config dev/qwen3B_async_grpo", "GRPO"),
-        ("eleuther_eval --config eleuther_evaluation", "evaluation"),
-        ("quantize --config quantization", "quantization"),
         ("dev/early_exit_finetune_distributed --config dev/7B_full_early_exit", "early-exit"),
         ("full_finetune_distributed --config llama4/scout_17B_16E_full", "Llama 4"),
     ],
@@ -299,6 +298,57 @@ def test_generation():
     )
 
 
+def test_quantization():
+    recipe, config = resolve("quantize --config quantization")
+    assert recipe == "quantize" and config.model == torchtune_names.MODELS["llama2/7B"]
+    assert config.scheme == SchemeConfig("int8_dynamic_int4", 256, skip_indivisible=True)
+    assert config.output_dir == "/tmp/torchtune/llama2_7B/quantized" and config.dtype == "bf16"
+    where = "quantizer=torchtune.training.quantization"
+    words = "checkpointer.checkpoint_dir=/m checkpointer.output_dir=/out output_dir=/out"
+    config = resolve(f"quantize --config quantization {where}.Int4WeightOnlyQuantizer quantizer.groupsize=64 {words}")[
+        1
+    ]
+    assert (config.model, config.output_dir) == ("/m", "/out")
+    assert config.scheme == SchemeConfig("int4_weight_only", 64, skip_indivisible=True)
+    with pytest.raises(UserError, match="has no counterpart here; quantize takes Int8DynActInt4WeightQuantizer"):
+        resolve(f"quantize --config quantization {where}.Float8Quantizer")
+
+
+@pytest.mark.parametrize(
+    "name, model",
+    [
+        ("eleuther_evaluation", "llama2/7B"),
+        ("llama3_2/evaluation", "llama3_2/3B"),
+        ("qwen2_5/evaluation", "qwen2_5/3B"),
+    ],
+)
+def test_evaluation(name, model):
+    recipe, config = resolve(f"eleuther_eval --config {name}")
+    assert recipe == "evaluate" and config.model == torchtune_names.MODELS[model] and config.tasks == ["truthfulqa_mc2"]
+    words = "tasks=['hellaswag','wikitext'] limit=5 max_seq_length=64 chat_template=True include_path=. checkpointer.checkpoint_dir=/m"
+    config = resolve(f"eleuther_eval --config {name} {words} checkpointer.output_dir=/tmp/out output_dir=/out")[1]
+    assert (config.model, config.tasks, config.limit) == ("/m", ["hellaswag", "wikitext"], 5)
+    assert (config.max_length, config.apply_chat_template, config.output_dir) == (64, True, "/out")
+    assert config.include_path == "."
+
+
+def test_a_users_old_file_of_evaluation(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text(
+        "model: {_component_: torchtune.models.qwen2.qwen2_7b}\n"
+        "checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: /tmp/Qwen2-7B-Instruct, "
+        "checkpoint_files: [a.safetensors], recipe_checkpoint: null, output_dir: ./, model_type: QWEN2}\n"
+        "resume_from_checkpoint: False\n"
+        "tokenizer: {_component_: torchtune.models.qwen2.qwen2_tokenizer, path: /tmp/Qwen2-7B-Instruct/vocab.json, "
+        "merges_file: /tmp/Qwen2-7B-Instruct/merges.txt, qwen_version: '2', max_seq_len: null}\n"
+        "device: cpu\ndtype: bf16\nseed: 1234\ntasks: [truthfulqa_mc2]\nlimit: null\nmax_seq_length: 4096\n"
+        "batch_size: 8\nenable_kv_cache: True\nquantizer: null\n"
+    )
+    recipe, config = resolve(f"eleuther_eval --config {file}")
+    assert recipe == "evaluate" and config.model == torchtune_names.MODELS["qwen2/7B"] and config.max_length == 4096
+    assert config.output_dir == "evaluation"
+
+
 def test_our_own_file_under_torchtunes_recipe_name(tmp_path):
     from tunesmith.config import dump
 
@@ -315,7 +365,9 @@ def size_of(name):
 @pytest.mark.parametrize("name", torchtune_names.config_names())
 def test_every_config_name(name):
     config = load_config(name)
-    if name != "generation":
+    if name in torchtune_names.EVALUATED:
+        assert config.model == torchtune_names.MODELS[torchtune_names.EVALUATED[name]]
+    elif name not in ("generation", "quantization"):
         assert config.model == torchtune_names.MODELS[f"{name.partition('/')[0]}/{size_of(name)}"]
 
 

@@ -41,6 +41,7 @@ def ours(config, **options):
 def theirs(config, **options):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     lm = HFLM(pretrained=config.model, dtype="float32", device="cpu", batch_size=1, **options)
     return simple_evaluate(
@@ -54,6 +55,7 @@ def theirs(config, **options):
         gen_kwargs=dict(config.gen_kwargs),
         log_samples=True,
         bootstrap_iters=BOOTSTRAPS,
+        task_manager=TaskManager(include_defaults=False),
     )
 
 
@@ -129,7 +131,7 @@ def test_what_does_not_fit_is_told(task_folder, tiny_model):
     "arguments, message",
     [
         ({"num_beams": 4}, "`num_beams` is not understood"),
-        ({"temperature": -1, "do_sample": True}, "`temperature` can't be negative"),
+        ({"temperature": -1, "do_sample": True}, "`temperature` must be a number that is not negative"),
     ],
 )
 def test_impossible_generation_arguments_are_told(task_folder, tiny_model, arguments, message):

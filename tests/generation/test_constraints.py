@@ -7,10 +7,16 @@ import sys
 
 import jsonschema
 import pytest
+import torch
 
+import tunesmith
+from tests.conftest import TINY_LLAMA
+from tests.models.conftest import build_empty
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import MissingExtra, UserError
+from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.constraints import Constraint
+from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.text import continuation_text
 
 pytest.importorskip("llguidance")
@@ -260,3 +266,65 @@ def test_a_vocabulary_that_lacks_what_must_come():
     matcher.accept(0)
     with pytest.raises(UserError, match="the regex aé can't be kept: the tokenizer has no token"):
         matcher.allowed()
+
+
+# Through the engine ----------------------------------------------------------------------------------------------------
+
+
+def random_model(vocab_size):
+    """Two small layers that prefer what they like."""
+    shape = {**TINY_LLAMA, "vocab_size": vocab_size, "hidden_size": 16, "intermediate_size": 32, "head_dim": 4}
+    model = build_empty(shape)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_models_write_what_fits(tokenizers, name):
+    """Hot and greedy samples, beside sequences that are free; a vocabulary of the model that is larger than the tokenizer's."""
+    tokenizer = tokenizers[name]
+    model = random_model(padded(tokenizer))
+    constraints = [Constraint.json_schema(schema) for schema in SCHEMAS] + [Constraint.regex(p) for p in PATTERNS[:2]]
+    samplings = [
+        Sampling(max_new_tokens=60, temperature=0.0 if index % 2 else 1.5, seed=index, num_samples=2, constraint=one)
+        for index, one in enumerate([*constraints, None])
+    ]
+    prompts = ["So"] * len(samplings)
+    made = generate_completions(model, tokenizer, prompts, samplings, batch_size=5, chat=False)
+    for sampling, one in zip([sampling for sampling in samplings for _ in range(2)], made):
+        constraint = sampling.constraint
+        if one.finish_reason == "length" or constraint is None:
+            assert len(one.ids) == 60 or constraint is None
+        elif constraint.kind == "regex":
+            assert re.fullmatch(constraint.text, one.text)
+        else:
+            jsonschema.validate(json.loads(one.text), json.loads(constraint.text))
+    assert sum(one.finish_reason == "stop" for one in made) >= len(made) // 2
+    alone = generate_completions(model, tokenizer, ["So"], samplings[0], batch_size=1, chat=False)
+    assert [one.ids for one in alone] == [one.ids for one in made[:2]]
+
+
+def test_a_form_beside_stop_strings_streams_and_log_probabilities(own):
+    model, pieces = random_model(own.vocab_size), []
+    sampling = Sampling(
+        40, 1.0, stop=("c",), seed=1, log_probs=True, stop_ids=(), constraint=Constraint.regex("[ab]{5}cd")
+    )
+    (one,) = generate_completions(
+        model, own, ["the"], sampling, chat=False, on_text=lambda index, piece: pieces.append(piece)
+    )
+    assert re.fullmatch("[ab]{5}", one.text) and "".join(pieces) == one.text and one.finish_reason == "stop"
+    assert one.log_probs is not None and len(one.log_probs) == len(one.ids)
+    sampling = Sampling(40, 1.0, seed=1, stop_ids=(), constraint=Constraint.regex("[ab]{5}cd"))
+    (one,) = generate_completions(model, own, ["the"], sampling, chat=False)
+    assert re.fullmatch("[ab]{5}cd", one.text) and one.finish_reason == "stop"
+
+
+def test_a_real_model_fills_in_a_form(assets):
+    """The tiny model of stories knows how to go on within it."""
+    folder = assets / "models" / "stories260K"
+    model, tokenizer = tunesmith.load_model(folder), load_tokenizer(folder)
+    constraint = Constraint.regex(r" there was a little (girl|boy) named [A-Z][a-z]+\.")
+    text = tunesmith.generate(model, tokenizer, ["Once upon a time,"], 40, constraint=constraint)[0]
+    assert text == " there was a little girl named Lily."

@@ -129,6 +129,12 @@ def test_greedy_takes_the_likeliest():
     assert torch.equal(sampler.choose(logits), logits.argmax(-1))
 
 
+def test_low_temperatures_approach_it():
+    logits = logits_of(5)
+    samplings = [Sampling(temperature=1e-4, **more) for more in ({}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 5}, {})]
+    assert torch.equal(Sampler(samplings, CPU).choose(logits, uniforms(0, 0, 0, 5)), logits.argmax(-1))
+
+
 def test_the_given_logits_stay_as_they_are():
     logits = logits_of(2)
     copy, seen = logits.clone(), torch.stack([seen_in([1, 2], 5000)] * 2)

@@ -2,11 +2,12 @@
 
 import io
 import json
+import re
 import sys
 
 import pytest
 
-from tunesmith.configs.generate import Generate, Prompt
+from tunesmith.configs.generate import Generate, Prompt, Speculative
 from tunesmith.configs.shared import TokenizerConfig
 from tunesmith.errors import UserError
 from tunesmith.recipes.generate import main
@@ -141,3 +142,98 @@ def test_a_template_of_the_users_own(capsys, tiny_model, tmp_path):
 def test_mistakes_are_told(tiny_model, options, message):
     with pytest.raises(UserError, match=message):
         main(config_of(tiny_model, **options))
+
+
+def test_guessing_ahead_writes_the_same(capsys, tiny_model, tmp_path):
+    texts = []
+    for number, section in enumerate(({}, {"prompt_lookup": True}, {"draft_model": str(tiny_model), "num_tokens": 3})):
+        file = tmp_path / f"{number}.jsonl"
+        options = {"prompt": ["the quick the quick the", "a"], "chat": False, "max_new_tokens": 20}
+        run(capsys, tiny_model, speculative=Speculative(**section), output_file=str(file), log_probs=True, **options)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        texts.append([(row["text"], len(row["log_probs"])) for row in rows])
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_exact_log_probabilities_are_written(capsys, tiny_model, tmp_path):
+    rows = {}
+    for name in ("log_probs", "exact_logprobs"):
+        file = tmp_path / f"{name}.jsonl"
+        run(capsys, tiny_model, prompt="the quick", chat=False, output_file=str(file), **{name: True})
+        rows[name] = json.loads(file.read_text())["log_probs"]
+    assert rows["exact_logprobs"] == pytest.approx(rows["log_probs"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"log_probs": True}, "`log_probs` are written into `output_file`: name one"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"cache_tokens": 0}, "`cache_tokens` must be at least 1"),
+    ],
+)
+def test_impossible_options(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(tiny_model, **options)
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"prompt_lookup": True, "draft_model": "x"}, "`prompt_lookup` and `draft_model` can't be combined"),
+        ({"num_tokens": 3}, "`num_tokens` needs `prompt_lookup` or a `draft_model`"),
+    ],
+)
+def test_impossible_guessing(section, message):
+    with pytest.raises(ValueError, match=message):
+        Speculative(**section)
+
+
+FORMS = [
+    ({"regex": "[ab]{3}-[0-9]"}, "[ab]{3}-[0-9]"),
+    ({"json_schema": {"type": "array", "items": {"const": 7}, "minItems": 2, "maxItems": 2}}, r"\[\s*7\s*,\s*7\s*\]"),
+    ({"grammar": 'start: "x" /[0-9]/ "y"'}, "x[0-9]y"),
+    ({"grammar": 'root ::= "x" [0-9] "y"'}, "x[0-9]y"),
+]
+
+
+@pytest.mark.parametrize("options, pattern", FORMS)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_the_text_has_the_form_that_is_asked_for(capsys, tiny_model, tmp_path, options, pattern, in_file):
+    ((name, form),) = options.items()
+    if in_file and name != "regex":
+        (tmp_path / "form").write_text(json.dumps(form) if name == "json_schema" else form)
+        options = {name: str(tmp_path / "form")}
+    out = run(
+        capsys, tiny_model, prompt="the", chat=False, temperature=1.5, max_new_tokens=400, stream=False, **options
+    )
+    assert re.fullmatch(pattern, out.removesuffix("\n")), out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"regex": "a(b"}, r"the regex a\(b can't be used: unclosed group"),
+        ({"json_schema": {"type": "objct"}}, "the JSON schema can't be used: Invalid type: objct"),
+        ({"json_schema": "nowhere.json"}, "`json_schema`: nowhere.json can't be read .No such file.*name a file"),
+        ({"grammar": "nowhere.lark"}, "`grammar`: nowhere.lark can't be read"),
+        ({"grammar": "start: x"}, 'the grammar can\'t be used: .*unknown name: "x"'),
+    ],
+)
+def test_a_form_that_cannot_be_used_is_told_before_the_model_is_loaded(tiny_model, monkeypatch, options, words):
+    monkeypatch.setattr("tunesmith.recipes.generate.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=words):
+        main(config_of(tiny_model, prompt="the", **options))
+
+
+def test_forms_are_options_of_the_command_line():
+    from tunesmith.config import load_config
+
+    schema = "json_schema={type: object, properties: {a: {enum: [1, x, null]}}}"
+    config = load_config("generate", "model=m", schema, "presence_penalty=0.5", "frequency_penalty=-1")
+    assert config.json_schema == {"type": "object", "properties": {"a": {"enum": [1, "x", None]}}}
+    assert (config.presence_penalty, config.frequency_penalty) == (0.5, -1.0)
+    assert load_config("generate", "model=m", "json_schema=schema.json").json_schema == "schema.json"
+    assert load_config("generate", "model=m", r"regex=[ab]{3}\d: x").regex == r"[ab]{3}\d: x"
+    with pytest.raises(UserError, match="`json_schema` and `regex` can't be combined: leave one of them out"):
+        load_config("generate", "model=m", "json_schema={}", "regex=a")

@@ -77,7 +77,9 @@ def test_a_family_tells_the_inputs_of_its_linear_layers(tmp_path, case):
 
 
 @pytest.mark.filterwarnings(*QUIET)
-@pytest.mark.parametrize("case", [*list(KINDS)[:5], "int8 in groups", "nf4", "nf4, scales quantized", "nf4 in bf16 bytes"])
+@pytest.mark.parametrize(
+    "case", [*list(KINDS)[:5], "int8 in groups", "nf4", "nf4, scales quantized", "nf4 in bf16 bytes"]
+)
 def test_we_read_what_transformers_wrote(tmp_path, case):
     """With torchao's and bitsandbytes' own defaults, which map weights to levels in other ways."""
     logging.getLogger("torchao").setLevel(logging.ERROR)

@@ -73,13 +73,9 @@ class Evaluate(RunSettings):
 
     def problems(self):
         yield from super().problems()
-        if not self.tasks and not self.text_files:
-            yield "there is nothing to evaluate: name `tasks`, or text files in `perplexity`"
         yield from below(1, self, "batch_tokens", "batch_size", "max_length", "stride")
         yield from below(0, self, "num_fewshot", "seed", "fewshot_seed")
         if self.limit is not None and (self.limit <= 0 or self.limit > 1 and self.limit != int(self.limit)):
             yield f"`limit` is a number of examples or a share between 0 and 1, got {self.limit}"
         if self.model in self.compared and self.adapter is None:
             yield f"`compare`: {self.model} is `model` itself; name another one"
-        if self.system_instruction is not None and not self.apply_chat_template and not self.tasks:
-            yield "`system_instruction` is for tasks; name `tasks`"

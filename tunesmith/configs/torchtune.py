@@ -325,7 +325,7 @@ class _Translation(Methods):
                     child,
                     "`tokenizer.prompt_template` is `tokenizer.chat_template` here: a jinja file, or the name of a built-in template",
                 )
-            elif key in ("merges_file", "special_tokens_path", "prompt_template", "truncation_type"):
+            elif key in ("merges_file", "special_tokens_path", "prompt_template", "truncation_type", "qwen_version"):
                 continue
             else:
                 self.put(f"tokenizer.{key}", child)
@@ -355,7 +355,7 @@ class _Translation(Methods):
                     child,
                     "`checkpointer.safe_serialization: false` has no counterpart; weights are always written as safetensors",
                 )
-            elif key == "output_dir" and "output_dir" not in self.tree.value:
+            elif key == "output_dir" and "output_dir" not in self.tree.value and self.recipe != "evaluate":
                 self.put("output_dir", child)
 
     def checkpoint_dir(self, node: Node) -> None:

@@ -84,17 +84,27 @@ METHODS_NOT_THERE = {
     "grpo": "GRPO",
     "ppo": "PPO",
     "early_exit": "early-exit training (LayerSkip)",
-    "eval": "evaluation",
-    "quantiz": "quantization for inference",
 }
 """{part of a recipe's or config's name: the method}."""
 
 GENERATE_RECIPES = ("generate_v2", "generate_v2_distributed")
+EVALUATE_RECIPES = ("eleuther_eval",)
+EVALUATED = {
+    "eleuther_evaluation": "llama2/7B",
+    "evaluation": "llama2/7B",
+    "gemma/evaluation": "gemma/2B",
+    "llama3_2/evaluation": "llama3_2/3B",
+    "mistral/evaluation": "mistral/7B",
+    "phi3/evaluation": "phi3/mini",
+    "phi4/evaluation": "phi4/14B",
+    "qwen2/evaluation": "qwen2/7B",
+    "qwen2_5/evaluation": "qwen2_5/3B",
+}
+"""{config of evaluation: its model}."""
 OTHER_RECIPES = (
     "ppo_full_finetune_single_device",
     "grpo_full_finetune_distributed",
     "async_grpo_full_finetune_distributed",
-    "eleuther_eval",
     "early_exit_finetune_distributed",
 )
 
@@ -110,7 +120,7 @@ _FORMS = {
 
 
 def recipe_names() -> list[str]:
-    return [*TRAINING_RECIPES, *GENERATE_RECIPES, *OTHER_RECIPES]
+    return [*TRAINING_RECIPES, *GENERATE_RECIPES, *EVALUATE_RECIPES, *OTHER_RECIPES]
 
 
 def config_names() -> list[str]:
@@ -120,7 +130,13 @@ def config_names() -> list[str]:
     pairs = ("llama3_2/8B_to_1B", "qwen2/1.5B_to_0.5B", "qwen2_5/14B_to_7B")
     scales = ("single_device", "distributed")
     distilled = [f"{pair}_KD_lora_{scale}" for pair in pairs for scale in scales]
-    return [*(f"{model}_{update}" for model in MODELS for update in updates), *distilled, "generation"]
+    return [
+        *(f"{model}_{update}" for model in MODELS for update in updates),
+        *distilled,
+        "generation",
+        "quantization",
+        *EVALUATED,
+    ]
 
 
 def is_recipe(name: str) -> bool:
@@ -131,6 +147,10 @@ def recipe_for(name: str) -> str | None:
     """Our recipe for a recipe or config of torchtune; None for any other name or a method that is not there."""
     if training := TRAINING_RECIPES.get(bare(name)):
         return training.recipe
+    if bare(name) in EVALUATE_RECIPES or name in EVALUATED:
+        return "evaluate"
+    if name == "quantization":
+        return "quantize"
     if is_config_name(name) and "/" in name and not method_not_there(name):
         kind, _ = form_of(name.partition("/")[2])
         return "sft" if kind in (None, "qat") else kind
@@ -158,6 +178,7 @@ def is_size_name(name: str) -> bool:
     return (
         bool(re.fullmatch(r"[\w.]+/[\w.]+", name))
         and form_of(size)[0] is None
+        and name not in EVALUATED
         and not name.endswith((".yaml", ".yml", ".py", ".toml"))
     )
 

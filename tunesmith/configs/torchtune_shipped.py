@@ -7,6 +7,7 @@ from typing import Any
 from tunesmith.configs import _layers as layers
 from tunesmith.configs._layers import Node, Place, Problem
 from tunesmith.configs.torchtune_names import (
+    EVALUATED,
     MODELS,
     MODELS_NOT_THERE,
     TRAINING_RECIPES,
@@ -44,6 +45,14 @@ def defaults_of(name: str, recipe: str | None, place: Place, problems: list[Prob
             "top_k": 300,
         }
         return layers.to_node({"model": {"_component_": model}, "dtype": "bf16", "seed": 1234} | settings, shipped)
+    if name == "quantization":
+        quantizer = "torchtune.training.quantization.Int8DynActInt4WeightQuantizer"
+        settings = {"model": {"_component_": builder("llama2/7B", "")}, "dtype": "bf16", "seed": 1234}
+        settings |= {"output_dir": "/tmp/torchtune/llama2_7B/quantized"}
+        return layers.to_node(settings | {"quantizer": {"_component_": quantizer, "groupsize": 256}}, shipped)
+    if name in EVALUATED:
+        settings = {"tasks": ["truthfulqa_mc2"], "batch_size": 8, "dtype": "bf16", "seed": 1234}
+        return layers.to_node({"model": {"_component_": builder(EVALUATED[name], "")}} | settings, shipped)
     family, _, rest = name.partition("/")
     if family in MODELS_NOT_THERE:
         problems.append(Problem(place, f"`{name}`: {MODELS_NOT_THERE[family]} is not there yet"))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import platform
 import random
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
 from lm_eval.loggers import EvaluationTracker
-from lm_eval.loggers.utils import get_git_commit_hash
+from lm_eval.loggers.utils import get_commit_from_path
 
 from tunesmith.configs.evaluate import Evaluate
 from tunesmith.errors import UserError
@@ -74,6 +76,12 @@ def run_tasks(lm: EngineLM, loaded: Loaded, config: Evaluate) -> Results:
     return {**results, **_about(lm, config, started)}
 
 
+def aggregation(loaded: Loaded, task: str, metric: str) -> Callable[[list[Any]], float] | None:
+    """What makes one number of a task's examples; None: their mean."""
+    of_task = loaded["tasks"][task].aggregation().get(metric, mean)
+    return None if of_task is mean else of_task
+
+
 def _about(lm: EngineLM, config: Evaluate, started: float) -> Results:
     """How the results came about, under the harness's keys."""
     tokenizer, tokens = lm.engine_tokenizer, lm.engine_tokenizer.tokens
@@ -95,7 +103,7 @@ def _about(lm: EngineLM, config: Evaluate, started: float) -> Results:
             "torch_seed": config.seed,
             "fewshot_seed": config.fewshot_seed,
         },
-        "git_hash": get_git_commit_hash(),
+        "git_hash": get_commit_from_path(Path.cwd()),
         "date": started,
         "pretty_env_info": f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}",
         "transformers_version": version("transformers"),

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
+from tunesmith.generation.constraints import Compiled, Constraint, Matcher
 from tunesmith.generation.reader import Memory, Reader
-from tunesmith.generation.sampling import Sampling, choose, uniforms
+from tunesmith.generation.sampler import Sampler, seen_in
+from tunesmith.generation.sampling import Sampling, uniforms
 from tunesmith.generation.text import TextStream, continuation_text
 from tunesmith.models.decoder import CausalLM
 
@@ -39,6 +41,12 @@ class Writing:
     has_stop_token: bool = False
     room: int = 0
     """Tokens it may have."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end it."""
+    seen: Tensor | None = None
+    """(V,) what its penalties count."""
+    matcher: Matcher | None = None
+    """Where the text has a given form: how far it has come in it."""
     score_from: int | None = None
     """Set where nothing is to be written: the prompt's log-probabilities are asked for from this token on."""
     scores: list[tuple[float, bool]] = field(default_factory=list)
@@ -46,7 +54,10 @@ class Writing:
     memory: Memory = field(init=False)
 
     def __post_init__(self):
-        self.memory = Memory(list(self.prompt))
+        if self.score_from is None:
+            self.memory = Memory(list(self.prompt))
+        else:  # the last token is only asked about
+            self.memory = Memory(self.prompt[:-1], wanted_from=self.score_from - 1)
 
     @property
     def spoken(self) -> list[int]:
@@ -106,9 +117,12 @@ class Engine:
         self.waiting: deque[Writing] = deque()
         self.running: list[Writing] = []
         self._finished: list[Writing] = []
+        self._ends: frozenset[int] = frozenset() if tokenizer is None else tokenizer.stop_ids
+        self._compiled: dict[tuple[Constraint, frozenset[int]], Compiled] = {}
+        self._sampler: tuple[list[Sampling], Sampler] = ([], Sampler([], self.reader.device))
 
     def add(self, writing: Writing) -> None:
-        """Raises UserError where the cache can't hold it."""
+        """Raises UserError where the cache can't hold it, or a constraint can't be used."""
         sampling = writing.sampling
         writing.room = min(sampling.max_new_tokens, self.model.config.context_length - len(writing.prompt))
         longest = len(writing.prompt) + (writing.room if writing.score_from is None else 0)
@@ -117,11 +131,16 @@ class Engine:
             raise UserError(
                 f"a sequence may come to {longest} tokens, but the cache holds {held}: raise `cache_tokens`, or lower `max_new_tokens`"
             )
+        writing.stop_ids = self._ends if sampling.stop_ids is None else frozenset(sampling.stop_ids)
         if sampling.log_probs:
             writing.log_probs = []
         if self.on_text is not None or sampling.stop:
             assert self.tokenizer is not None
             writing.text = TextStream(self.tokenizer, writing.prompt, sampling.stop)
+        if sampling.is_penalized:
+            writing.seen = seen_in(writing.prompt, self.model.num_outputs).to(self.reader.device)
+        if sampling.constraint is not None:
+            writing.matcher = self._form(sampling.constraint, writing.stop_ids).start(writing.prompt)
         self.waiting.append(writing)
 
     @property
@@ -146,6 +165,13 @@ class Engine:
             self.waiting.remove(writing)
         if writing in self.running:
             self._leave(writing)
+
+    def _form(self, constraint: Constraint, stop_ids: frozenset[int]) -> Compiled:
+        if (constraint, stop_ids) not in self._compiled:
+            assert self.tokenizer is not None
+            made = constraint.compile(self.tokenizer, self.model.num_outputs, stop_ids)
+            self._compiled[constraint, stop_ids] = made
+        return self._compiled[constraint, stop_ids]
 
     # --- what the next pass reads -----------------------------------------------------------------
 
@@ -174,10 +200,10 @@ class Engine:
         """Whether a running sequence is about to have read more of what this one begins with than is known now."""
         if not self.reader.blocks.shares:
             return False
-        mine, size = writing.memory.ids, self.reader.pool.block_size
+        mine, size = writing.memory.reusable, self.reader.pool.block_size
         known = None
         for other in self.running:
-            theirs = other.memory.ids
+            theirs = other.prompt
             if other.memory.unread <= 1 or (mine[:size] != theirs[:size] and mine != theirs):
                 continue
             alike = _alike(mine, theirs)
@@ -208,7 +234,7 @@ class Engine:
         """None for sequences whose choice hangs on what was chosen before."""
         if self.drafter is None or self.model.config.depends_on_length:
             return [[] for _ in ready]
-        limits = [one.room - len(one.ids) - 1 if one.sampling.repetition_penalty == 1 else 0 for one in ready]
+        limits = [one.room - len(one.ids) - 1 if one.seen is one.matcher is None else 0 for one in ready]
         return self.drafter.guess(ready, limits)
 
     def _next_chunks(self) -> list[tuple[Writing, int]]:
@@ -294,37 +320,39 @@ class Engine:
 
     def _choose(self, owners: list[tuple[Writing, int]], logits: Tensor) -> Tensor:
         """Tokens (R,)."""
-        tokens = torch.empty(len(owners), dtype=torch.int64, device=logits.device)
-        for sampling in {id(writing.sampling): writing.sampling for writing, _ in owners}.values():
-            mine = [row for row, (writing, _) in enumerate(owners) if writing.sampling is sampling]
-            numbers = None
-            if sampling.temperature > 0:
-                drawn = [owners[row][0].numbers[len(owners[row][0].ids) + owners[row][1]] for row in mine]
-                kind = torch.float32 if logits.device.type == "mps" else torch.float64
-                numbers = torch.tensor(drawn, dtype=kind, device=logits.device)
-            seen = None
-            if sampling.repetition_penalty != 1:
-                seen = torch.zeros(len(mine), logits.shape[-1], dtype=torch.bool)
-                for place, row in enumerate(mine):
-                    seen[place, owners[row][0].memory.ids] = True
-                seen = seen.to(logits.device)
-            which = torch.tensor(mine, device=logits.device)
-            tokens[which] = choose(logits[which], sampling, numbers, seen)
-        return tokens
+        samplings = [writing.sampling for writing, _ in owners]
+        if self._sampler[0] != samplings:
+            self._sampler = samplings, Sampler(samplings, logits.device)
+        sampler, numbers, seen, allowed = self._sampler[1], None, None, None
+        if sampler.needs_uniforms:
+            kind = torch.float32 if logits.device.type == "mps" else torch.float64
+            drawn = [one.numbers[len(one.ids) + place] if one.numbers else 0.0 for one, place in owners]
+            numbers = torch.tensor(drawn, dtype=kind, device=logits.device)
+        if sampler.needs_seen:
+            nothing = torch.zeros(logits.shape[-1], dtype=torch.int32, device=logits.device)
+            seen = torch.stack([nothing if writing.seen is None else writing.seen for writing, _ in owners])
+        if any(writing.matcher is not None for writing, _ in owners):
+            everything = torch.ones(logits.shape[-1], dtype=torch.bool)
+            masks = [everything if one.matcher is None else one.matcher.allowed() for one, _ in owners]
+            allowed = torch.stack(masks).to(logits.device)
+        return sampler.choose(logits, numbers, seen, allowed)
 
     def _add(self, writing: Writing, token: int) -> bool:
         """Take a token; whether the sequence goes on."""
         writing.ids.append(token)
         writing.memory.ids.append(token)
-        stop_ids = writing.sampling.stop_ids
-        if stop_ids is None:
-            stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
-        if token in stop_ids:
+        if writing.seen is not None:
+            writing.seen[token] += 1
+        if writing.matcher is not None:
+            writing.matcher.accept(token)
+        if token in writing.stop_ids:
             writing.finish_reason, writing.has_stop_token = "stop", True
         elif writing.text is not None:
             self._tell(writing, writing.text.add(token))
             if writing.text.is_stopped:
                 writing.finish_reason = "stop"
+        if writing.finish_reason is None and writing.matcher is not None and writing.matcher.is_finished:
+            writing.finish_reason = "stop"
         if writing.finish_reason is None and len(writing.ids) == writing.room:
             writing.finish_reason = "length"
         if writing.finish_reason is None:

@@ -26,6 +26,15 @@ class Memory:
     read: int = 0
     shared: bool = False
     """Whether others are expected to begin alike."""
+    kind: tuple[int, ...] = ()
+    """The kind of rotary frequencies that it was read with."""
+    wanted_from: int | None = None
+    """Set where hidden states from this token on are wanted: others' reading saves none of these."""
+
+    @property
+    def reusable(self) -> list[int]:
+        """Those whose reading, but for the last, may be saved."""
+        return self.ids if self.wanted_from is None else self.ids[: self.wanted_from + 1]
 
     @property
     def unread(self) -> int:
@@ -45,8 +54,8 @@ class Reader:
 
     def begin(self, memory: Memory, shared: bool = False) -> None:
         """Take what is known of its beginning."""
-        memory.shared = shared
-        found = self.blocks.find(memory.ids, self._kind(memory))
+        memory.shared, memory.kind = shared, self._kind(memory)
+        found = self.blocks.find(memory.reusable, self._kind(memory))
         self.blocks.hold(found.blocks)
         memory.table, memory.read = list(found.blocks), len(found.blocks) * self.pool.block_size
         if found.tail is not None:
@@ -58,7 +67,7 @@ class Reader:
 
     def known_of(self, memory: Memory) -> int:
         """How many of its tokens need not be read."""
-        return self.blocks.find(memory.ids, self._kind(memory)).length
+        return self.blocks.find(memory.reusable, self._kind(memory)).length
 
     def needed(self, tokens: int) -> int:
         """Blocks for so many tokens."""
@@ -77,7 +86,7 @@ class Reader:
     def forget(self, memory: Memory) -> None:
         """Give all its blocks back."""
         self.blocks.release(memory.table)
-        memory.table, memory.read = [], 0
+        memory.table, memory.read, memory.kind = [], 0, self._kind(memory)
 
     def tell(self, memory: Memory, length: int, whole: bool) -> None:
         """Let others go on from its first `length` tokens, which are read. whole: they are all that it began with."""
@@ -85,7 +94,7 @@ class Reader:
 
     def outdated(self, memory: Memory) -> bool:
         """Whether what was read has other rotary frequencies than the sequence as it is now."""
-        return memory.read > 0 and self.model.length_matters(memory.read, len(memory.ids))
+        return memory.read > 0 and memory.kind != self._kind(memory)
 
     def read(self, steps: Sequence[tuple[Memory, Sequence[int]]], chunks: Sequence[tuple[Memory, int]] = ()) -> Tensor:
         """One pass. Hidden states (L, D): of the steps in rows of equal length, then of the chunks.
@@ -141,5 +150,5 @@ class Reader:
             self._plan = tables, groups_of(tables, self.pool, self.pool.num_blocks // 2)
         return self._plan[1]
 
-    def _kind(self, memory: Memory) -> object:
+    def _kind(self, memory: Memory) -> tuple[int, ...]:
         return self.model.length_class(len(memory.ids))

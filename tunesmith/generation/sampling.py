@@ -1,7 +1,4 @@
-"""How the next token is chosen.
-
-B sequences, V vocabulary.
-"""
+"""How the next token is to be chosen, and the random numbers it is drawn by."""
 
 from __future__ import annotations
 
@@ -78,53 +75,6 @@ class Sampling:
             raise ValueError(f"`stop` is a list of strings, got one string: write [{self.stop!r}]")
         if not all(self.stop):
             raise ValueError("`stop` holds an empty string: it would end every text at once")
-
-
-def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
-    """The next tokens (B,) for `logits` (B, V) float32.
-
-    Args:
-        uniforms: (B,) random numbers in [0, 1), one per sequence; needed above temperature 0.
-        seen: (B, V) bool, tokens that the repetition penalty applies to.
-    """
-    if seen is not None:
-        logits = penalize(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    assert uniforms is not None
-    return draw(keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p), uniforms)
-
-
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide the positive and multiply the negative `logits` (B, V) of the `seen` tokens by `penalty` (CTRL, arXiv 1909.05858, section 4.1)."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def keep_likely(
-    logits: Tensor, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
-) -> Tensor:
-    """Set all but the likeliest of `logits` (B, V) to -inf; each filter works on what the one before left, and the likeliest token always stays."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p is not None and top_p < 1:
-        ascending, order = logits.sort(-1)
-        is_tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        is_tail[:, -1] = False
-        logits = logits.masked_fill(is_tail.scatter(-1, order, is_tail), -torch.inf)
-    if min_p is not None:
-        probabilities = logits.softmax(-1)
-        logits = logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -torch.inf)
-    return logits
-
-
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens (B,) drawn from softmax(`logits`) (B, V) by inverting its distribution function at `uniforms` (B,) in [0, 1)."""
-    precise = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = logits.softmax(-1).to(precise).cumsum(-1)
-    target = uniforms.to(precise)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    last_possible = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()).squeeze(-1)
-    return torch.minimum(tokens, last_possible)  # rounding may put the target on the very end
 
 
 def uniforms(seed: int, prompt: int, sample: int, count: int) -> Tensor:

@@ -1,22 +1,15 @@
-"""What a model thinks of given continuations: their tokens' log-probabilities, and whether it would have written them.
-
-N scored tokens, D hidden, V vocabulary.
-"""
+"""What a model thinks of given continuations: their tokens' log-probabilities, and whether it would have written them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from tunesmith.generation.packed import packed_hidden
+from tunesmith.generation.completions import generating
+from tunesmith.generation.engine import Engine, Writing
+from tunesmith.generation.sampling import Sampling
 from tunesmith.models.decoder import CausalLM
-from tunesmith.nn.part import let_go
-
-_CHUNK = 1024
-"""Positions whose logits exist at a time."""
+from tunesmith.nn.kv_cache import BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -37,46 +30,30 @@ class Scored:
 def score(model: CausalLM, pairs: Sequence[tuple[list[int], list[int]]], batch_tokens: int = 4096) -> list[Scored]:
     """Score (context ids, continuation ids) pairs, in their order. A context holds at least one token.
 
-    batch_tokens: tokens that are computed at a time.
+    What sequences begin with alike is computed once. batch_tokens: tokens that are computed at a time.
     """
-    order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
-    inputs = ((pairs[index][0] + pairs[index][1])[:-1] for index in order)
-    waiting, found = iter(order), {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for hidden, lengths in packed_hidden(model, inputs, batch_tokens):
-                indices = [next(waiting) for _ in lengths]
-                found.update(zip(indices, _scored(model, hidden, lengths, [pairs[index][1] for index in indices])))
-    finally:
-        let_go(model)
-        model.train(was_training)
-    return [found[index] for index in range(len(pairs))]
-
-
-def _scored(model: CausalLM, hidden: Tensor, lengths: list[int], continuations: list[list[int]]) -> list[Scored]:
-    """Of the continuations at the ends of sequences that stand one after another in hidden (T, D)."""
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    where = [place for end, own in zip(ends, continuations) for place in range(end - len(own), end)]
-    labels = torch.tensor([token for own in continuations for token in own], device=hidden.device)
-    values, is_likeliest = _of_labels(
-        model, hidden[torch.tensor(where, device=hidden.device, dtype=torch.long)], labels
+    nothing = Sampling(max_new_tokens=1)
+    writings = [
+        Writing(context + continuation, nothing, index, score_from=len(context))
+        for index, (context, continuation) in enumerate(pairs)
+    ]
+    ordered = sorted((one for one in writings if pairs[one.index][1]), key=lambda one: one.prompt)
+    longest = max((len(one.prompt) for one in ordered), default=0)
+    engine = Engine(
+        model,
+        None,
+        batch_size=max(1, batch_tokens // 8),
+        cache_tokens=_rounded(max(4 * batch_tokens, longest)),
+        chunk_size=batch_tokens,
+        shares=True,
     )
-    results, start = [], 0
-    for own in continuations:
-        part = slice(start, start + len(own))
-        results.append(Scored(values[part], all(is_likeliest[part])))
-        start += len(own)
-    return results
+    with generating(model):
+        for one in ordered:
+            engine.add(one)
+        while engine.is_busy:
+            engine.step()
+    return [Scored([value for value, _ in one.scores], all(is_top for _, is_top in one.scores)) for one in writings]
 
 
-def _of_labels(model: CausalLM, hidden: Tensor, labels: Tensor) -> tuple[list[float], list[bool]]:
-    """log p of labels (N,) after hidden (N, D), and whether no other token is likelier."""
-    values: list[float] = []
-    is_likeliest: list[bool] = []
-    for rows, targets in zip(hidden.split(_CHUNK), labels.split(_CHUNK)):
-        log_probs = torch.log_softmax(model.lm_head.precise_logits(rows), -1)
-        values += log_probs.gather(-1, targets[:, None]).squeeze(-1).tolist()
-        is_likeliest += (log_probs.argmax(-1) == targets).tolist()
-    return values, is_likeliest
+def _rounded(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE

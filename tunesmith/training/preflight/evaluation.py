@@ -14,6 +14,8 @@ from tunesmith.training.preflight.files import ADAPTER_FILE, model_folder, not_a
 def evaluation_problems(config: Any, notes: list[str]) -> Iterator[str]:
     if not isinstance(config, Evaluate):
         return
+    if not config.tasks and not config.text_files:
+        yield "there is nothing to evaluate: name `tasks`, or text files in `perplexity`"
     if config.tasks and importlib.util.find_spec("lm_eval") is None:
         yield "`tasks` needs the package lm_eval, which is not installed: pip install 'tunesmith[eval]'"
     for name in config.tasks:

@@ -1,0 +1,126 @@
+"""Guesses of what comes next, which one pass of the model checks all at once (arXiv 2211.17192).
+
+A guess is right if it is the very token that the model chooses there, with the random number that belongs to that place. So what is
+written is the same as without guessing (but for rounding), greedy or sampled; only the number of passes changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from tunesmith.errors import UserError
+from tunesmith.generation.engine import Writing
+from tunesmith.generation.reader import Memory, Reader
+from tunesmith.generation.sampler import Sampler
+from tunesmith.models.decoder import CausalLM
+
+
+class PromptLookup:
+    """Guesses that a text goes on as it did where its last tokens stood before: for summaries, corrections, code, extraction."""
+
+    def __init__(self, tokens: int = 8, longest: int = 3):
+        """tokens: guessed at a time. longest: tokens that must stand before as they do now, or the most of them that do."""
+        self.tokens, self.longest = tokens, longest
+
+    def guess(self, writings: Sequence[Writing], limits: Sequence[int]) -> list[list[int]]:
+        return [
+            self._continuation(writing.memory.ids, min(limit, self.tokens)) for writing, limit in zip(writings, limits)
+        ]
+
+    def leave(self, writing: Writing) -> None:
+        pass
+
+    def _continuation(self, ids: list[int], limit: int) -> list[int]:
+        for size in range(min(self.longest, len(ids) - 1) if limit > 0 else 0, 0, -1):
+            end = ids[-size:]
+            for start in range(len(ids) - size - 1, -1, -1):  # the latest place says most
+                if ids[start] == end[0] and ids[start : start + size] == end:
+                    return ids[start + size : start + size + limit]
+        return []
+
+
+class DraftModel:
+    """Lets a smaller model with the same vocabulary write ahead, with the random numbers that the model will choose with."""
+
+    def __init__(self, model: CausalLM, cache_tokens: int, tokens: int = 4):
+        """cache_tokens: as the engine's. tokens: guessed at a time."""
+        self.reader, self.tokens = Reader(model, cache_tokens), tokens
+        self._memories: dict[int, Memory] = {}
+
+    def guess(self, writings: Sequence[Writing], limits: Sequence[int]) -> list[list[int]]:
+        found: dict[int, list[int]] = {id(writing): [] for writing in writings}
+        context = self.reader.model.config.context_length
+        going = []
+        for writing, limit in zip(writings, limits):
+            wanted = min(limit, self.tokens, context - len(writing.memory.ids))
+            memory = self._followed(writing)
+            if wanted > 0 and self.reader.grow(memory, len(writing.memory.ids) + wanted):
+                going.append((writing, wanted, memory))
+        for place in range(self.tokens):
+            going = [one for one in going if one[1] > place]
+            if not going:
+                break
+            for (writing, _, memory), token in zip(going, self._next([(w, memory) for w, _, memory in going], place)):
+                found[id(writing)].append(token)
+                memory.ids.append(token)
+        return [found[id(writing)] for writing in writings]
+
+    def leave(self, writing: Writing) -> None:
+        memory = self._memories.pop(id(writing), None)
+        if memory is not None:
+            self.reader.forget(memory)
+
+    def _followed(self, writing: Writing) -> Memory:
+        """Its memory of the sequence, without guesses that were wrong."""
+        memory = self._memories.setdefault(id(writing), Memory([]))
+        right = 0
+        for mine, real in zip(memory.ids, writing.memory.ids):
+            if mine != real:
+                break
+            right += 1
+        # At least the last token is read, since what follows it is asked for.
+        memory.read = min(memory.read, right, len(writing.memory.ids) - 1)
+        memory.ids = list(writing.memory.ids)
+        return memory
+
+    def _next(self, going: list[tuple[Writing, Memory]], place: int) -> list[int]:
+        """One token more for each."""
+        steps = [(memory, memory.ids[memory.read :]) for _, memory in going if memory.unread <= 2 and memory.read]
+        chunks = [(memory, memory.unread) for _, memory in going if memory.unread > 2 or not memory.read]
+        hidden = self.reader.read(steps, chunks)
+        width = max((len(new) for _, new in steps), default=0)
+        rows: dict[int, int] = {}
+        for row, (memory, new) in enumerate(steps):
+            rows[id(memory)] = row * width + len(new) - 1
+        end = len(steps) * width
+        for memory, count in chunks:
+            end += count
+            rows[id(memory)] = end - 1
+        for _, memory in going:
+            memory.read = len(memory.ids)
+        wanted = hidden[torch.tensor([rows[id(memory)] for _, memory in going], device=hidden.device)]
+        logits = self.reader.model.lm_head.logits(wanted).float()
+        samplings = [replace(writing.sampling, logit_bias={}) for writing, _ in going]
+        numbers = [one.numbers[len(one.ids) + place] if one.numbers else 0.0 for one, _ in going]
+        drawn = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(
+            logits.device, torch.float32 if logits.device.type == "mps" else torch.float64
+        )
+        return Sampler(samplings, logits.device).choose(logits, drawn).tolist()
+
+
+def check_draft(model: CausalLM, draft: CausalLM) -> None:
+    """Raise UserError for a draft whose tokens aren't the model's, or whose memory of a text can go out of date."""
+    if draft.num_outputs != model.num_outputs:
+        raise UserError(
+            f"the draft model's vocabulary has {draft.num_outputs} tokens, the model's {model.num_outputs}: "
+            "take a smaller model of the same family"
+        )
+    for which, one in (("draft model", draft), ("model", model)):
+        if one.config.depends_on_length:
+            raise UserError(
+                f"the {which}'s rotary frequencies depend on a text's length, so guesses can't be checked in one pass: "
+                "leave the draft out"
+            )
