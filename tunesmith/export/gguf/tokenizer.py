@@ -14,7 +14,7 @@ from tunesmith.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-_TEKKEN = (
+TEKKEN_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -23,7 +23,7 @@ WORDS: dict[tuple[str, ...], str] = {
     (QWEN_PATTERN,): "qwen2",
     (LLAMA3_PATTERN, "whole words"): "llama-bpe",
     (LLAMA3_PATTERN,): "dbrx",
-    (_TEKKEN, "whole words"): "tekken",
+    (TEKKEN_PATTERN, "whole words"): "tekken",
     ("digits", GPT2_PATTERN): "smollm",
 }
 """The patterns that cut text into words, and whether words of the vocabulary are taken whole before any merge -> llama.cpp's name for it."""
