@@ -19,7 +19,7 @@ from tunesmith.export.gguf.architecture import ARCHITECTURES
 from tunesmith.export.gguf.llama_cpp import ask
 from tunesmith.export.gguf.llama_cpp import model_of as model_from
 from tunesmith.export.gguf.tensors import place, read_file
-from tunesmith.export.gguf.tokenizer import add_tokenizer, read_vocabulary
+from tunesmith.export.gguf.tokenizer import TEKKEN_PATTERN, add_tokenizer, read_vocabulary
 from tunesmith.export.source import find_source
 from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.sampling import Sampling
@@ -159,6 +159,7 @@ TOKENIZERS = {
     "smollm": lambda folder: byte_level(
         folder, [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
+    "tekken": lambda folder: byte_level(folder, split(TEKKEN_PATTERN), ignore_merges=True),
     "default": sentencepiece_bpe,
 }
 

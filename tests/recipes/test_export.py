@@ -14,6 +14,7 @@ from tunesmith.checkpoint.check import probe_ids
 from tunesmith.configs.export import Export
 from tunesmith.errors import UserError
 from tunesmith.nn.lora import adapter_state, apply_lora, reset_adapters
+from tunesmith.nn.scheme import Scheme
 from tunesmith.recipes import export
 from tunesmith.training.build import load_model
 
@@ -147,6 +148,12 @@ def test_mistakes(base, tmp_path):
     with pytest.raises(UserError, match="doesn't name its base: set `base`"):
         run(adapter, tmp_path / "out")
     run(adapter, tmp_path / "out", base=str(base))
+    shutil.copytree(base, tmp_path / "quantized")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = Scheme("int4_weight_only", 32).to_config([])
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is quantized and can't be exported as safetensors: export the model that it"):
+        run(tmp_path / "quantized", tmp_path / "other")
 
 
 def test_real_model(assets, tmp_path):

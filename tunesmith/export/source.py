@@ -66,6 +66,10 @@ class Source:
     def must_speak(self, format: str) -> None:
         """Raise UserError for a model whose head gives scores, or whose weights are quantized: `format` has no place for it."""
         check_speaks(self.family, self.hf_config, f"{self.name}, to be exported as {format},")
+        self.must_be_dense(format)
+
+    def must_be_dense(self, format: str) -> None:
+        """Raise UserError for a model whose weights are quantized: what was rounded is not the model any more."""
         if self.hf_config.get("quantization_config"):
             raise UserError(
                 f"{self.name} is quantized and can't be exported as {format}: export the model that it was made from"

@@ -14,17 +14,17 @@ from tunesmith.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-_TEKKEN = (
+TEKKEN_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-WORDS = {
-    (GPT2_PATTERN,): ("gpt-2", None),
-    (QWEN_PATTERN,): ("qwen2", None),
-    (LLAMA3_PATTERN, "whole words"): ("llama-bpe", None),
-    (LLAMA3_PATTERN,): ("dbrx", None),
-    (_TEKKEN, "whole words"): ("tekken", None),
-    ("digits", GPT2_PATTERN): ("smollm", None),
+WORDS: dict[tuple[str, ...], str] = {
+    (GPT2_PATTERN,): "gpt-2",
+    (QWEN_PATTERN,): "qwen2",
+    (LLAMA3_PATTERN, "whole words"): "llama-bpe",
+    (LLAMA3_PATTERN,): "dbrx",
+    (TEKKEN_PATTERN, "whole words"): "tekken",
+    ("digits", GPT2_PATTERN): "smollm",
 }
 """The patterns that cut text into words, and whether words of the vocabulary are taken whole before any merge -> llama.cpp's name for it."""
 
@@ -68,7 +68,7 @@ def read_vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
         tokens=tokens,
         types=types,
         adds_bos=full[: len(full) - len(bare)][:1] == [tokenizer.bos_id] and tokenizer.bos_id is not None,
-        adds_eos=len(full) > len(bare) and full[-1] != bare[-1] and full[-1] == tokenizer.eos_id,
+        adds_eos=full[-1:] == [tokenizer.eos_id] != bare[-1:],
     )
     if is_byte_level:
         pre = _word_rule(content, where)
@@ -79,7 +79,7 @@ def read_vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
         raise UserError(
             f"{where} is a BPE over characters without bytes to fall back on, which llama.cpp does not have"
         )
-    adds_space = (tokenizer.id_to_token(bare[0]) or "").startswith("▁")
+    adds_space = bool(bare) and (tokenizer.id_to_token(bare[0]) or "").startswith("▁")
     return Vocabulary("llama", "default", scores=_scores(tokens, pairs), merges=None, adds_space=adds_space, **common)
 
 
@@ -107,7 +107,7 @@ def _word_rule(content: dict[str, Any], where: str) -> str:
         raise UserError(
             f"{where} cuts words by a rule that llama.cpp has no name for that we know: {' then '.join(rules)}"
         )
-    return WORDS[tuple(rules)][0]
+    return WORDS[tuple(rules)]
 
 
 def _tokens(tokenizer: Tokenizer, rows: int, is_sentencepiece: bool) -> tuple[list[str], list[int]]:
