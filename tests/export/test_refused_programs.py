@@ -62,7 +62,7 @@ def test_missing_packages(model, tmp_path, format, monkeypatch):
         ({"program": {"max_length": 0}}, "`max_length` must be at least 1"),
         ({"program": {"max_chunk": -1}}, "`max_chunk` must be at least 1"),
         ({"program": {"max_length": 8, "max_chunk": 9}}, "`max_chunk` \\(9\\) can't be above `max_length` \\(8\\)"),
-        ({"program": {}, "format": "gguf"}, "`program` is for `format: torch_export or executorch or onnx`"),
+        ({"program": {}, "format": "gguf"}, "`program` is for `format: torch_export, executorch, onnx`"),
         ({"program": {"backend": "portable"}, "format": "torch_export"}, "`program.backend` is for"),
         ({"program": {"max_chunk": 8}, "format": "onnx"}, "a call of an ONNX model takes any number of tokens"),
         ({"program": {"all_logits": True}, "format": "onnx"}, "a call of an ONNX model takes any number of tokens"),
