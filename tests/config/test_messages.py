@@ -178,7 +178,10 @@ CASES: dict[str, tuple[dict[str, str | bytes], list[str]]] = {
         },
         ["full_finetune_distributed", "--config", "kd.yaml"],
     ),
-    "torchtune_quantize": ({}, ["quantize", "--config", "quantization"]),
+    "torchtune_quantize": (
+        {},
+        "quantize --config quantization quantizer=torchtune.training.quantization.Float8Quantizer quantizer.groupsize=1".split(),
+    ),
     "torchtune_ppo": ({}, ["ppo_full_finetune_single_device", "--config", "mistral/7B_full_ppo_low_memory"]),
     "torchtune_vision": ({}, ["full_finetune_distributed", "--config", "llama3_2_vision/11B_full"]),
 }

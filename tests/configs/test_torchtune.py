@@ -7,6 +7,7 @@ import pytest
 
 from tunesmith.config import load, load_config
 from tunesmith.configs import torchtune_methods, torchtune_names
+from tunesmith.configs.quantize import SchemeConfig
 from tunesmith.configs.shared import (
     SGD,
     AdamW,
@@ -98,7 +99,6 @@ def test_readme_with_every_memory_option():
         ("ppo_full_finetune_single_device --config mistral/7B_full_ppo_low_memory", "PPO"),
         ("dev/grpo_full_finetune_distributed --config dev/3B_full_grpo", "GRPO"),
         ("dev/async_grpo_full_finetune_distributed --config dev/qwen3B_async_grpo", "GRPO"),
-        ("quantize --config quantization", "quantization"),
         ("dev/early_exit_finetune_distributed --config dev/7B_full_early_exit", "early-exit"),
         ("full_finetune_distributed --config llama4/scout_17B_16E_full", "Llama 4"),
     ],
@@ -298,6 +298,22 @@ def test_generation():
     )
 
 
+def test_quantization():
+    recipe, config = resolve("quantize --config quantization")
+    assert recipe == "quantize" and config.model == torchtune_names.MODELS["llama2/7B"]
+    assert config.scheme == SchemeConfig("int8_dynamic_int4", 256, skip_indivisible=True)
+    assert config.output_dir == "/tmp/torchtune/llama2_7B/quantized" and config.dtype == "bf16"
+    where = "quantizer=torchtune.training.quantization"
+    words = "checkpointer.checkpoint_dir=/m checkpointer.output_dir=/out output_dir=/out"
+    config = resolve(f"quantize --config quantization {where}.Int4WeightOnlyQuantizer quantizer.groupsize=64 {words}")[
+        1
+    ]
+    assert (config.model, config.output_dir) == ("/m", "/out")
+    assert config.scheme == SchemeConfig("int4_weight_only", 64, skip_indivisible=True)
+    with pytest.raises(UserError, match="has no counterpart here; quantize takes Int8DynActInt4WeightQuantizer"):
+        resolve(f"quantize --config quantization {where}.Float8Quantizer")
+
+
 @pytest.mark.parametrize(
     "name, model",
     [
@@ -351,7 +367,7 @@ def test_every_config_name(name):
     config = load_config(name)
     if name in torchtune_names.EVALUATED:
         assert config.model == torchtune_names.MODELS[torchtune_names.EVALUATED[name]]
-    elif name != "generation":
+    elif name not in ("generation", "quantization"):
         assert config.model == torchtune_names.MODELS[f"{name.partition('/')[0]}/{size_of(name)}"]
 
 

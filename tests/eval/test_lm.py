@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_told(task_folder, tiny_model):
     "arguments, message",
     [
         ({"num_beams": 4}, "`num_beams` is not understood"),
-        ({"temperature": -1, "do_sample": True}, "`temperature` can't be negative"),
+        ({"temperature": -1, "do_sample": True}, "`temperature` must be a number that is not negative"),
     ],
 )
 def test_impossible_generation_arguments_are_told(task_folder, tiny_model, arguments, message):

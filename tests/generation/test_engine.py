@@ -1,5 +1,7 @@
 """Generation: the same tokens as transformers, in any batch; stops, streams, seeds."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,7 +10,8 @@ from tests.models.conftest import CASES, build_empty, pair, take_weights, tokens
 from tunesmith.data.stream_decoder import StreamDecoder
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import UserError
-from tunesmith.generation.completions import Completion, generate, generate_completions
+from tunesmith.generation.completions import Completion, generate, generate_completions, generating
+from tunesmith.generation.engine import Engine, Writing, random_numbers
 from tunesmith.generation.sampling import Sampling
 from tunesmith.hub import read_json
 from tunesmith.models.decoder import CausalLM
@@ -301,3 +304,124 @@ def test_a_real_model_tells_the_published_story(assets):
     assert generate(model, tokenizer, [""], 400, stop_ids=(1,)) == [completion.text]
     both = generate(model, tokenizer, ["Once upon a time", "Once upon a time, there was"], 12)
     assert both[0].startswith(",") and both[1].startswith(" a little")
+
+
+def test_scores_are_exactly_those_of_a_training_step(model):
+    """To the bit, on the batch that a trainer makes of the sequence; the engine's own agree to rounding."""
+    prompts = prompts_of(6, 11)
+    options = Sampling(max_new_tokens=9, temperature=1.2, seed=0, log_probs=True)
+    own = generate_completions(model, Letters(), prompts, options)
+    exact = generate_completions(model, Letters(), prompts, options, exact_logprobs=True)
+    for loose, completion in zip(own, exact):
+        assert completion.ids == loose.ids and completion.log_probs == pytest.approx(loose.log_probs, abs=1e-5)
+        tokens = torch.tensor(completion.prompt_ids + completion.ids)
+        length = -(-(len(tokens) - 1) // 8) * 8
+        inputs = torch.nn.functional.pad(tokens[:-1], (0, length - len(tokens) + 1))[None]
+        labels = torch.full_like(inputs, -100)
+        labels[0, len(completion.prompt_ids) - 1 : len(tokens) - 1] = torch.tensor(completion.ids)
+        trained = copy.deepcopy(model).train().requires_grad_(True)
+        hidden = trained(inputs, torch.arange(length)[None])
+        values = trained.lm_head.log_probs(hidden, labels)[0]
+        assert values[labels[0] != -100].tolist() == completion.log_probs
+
+
+def test_each_prompt_has_its_own_options(model):
+    prompts = prompts_of(5, 8, 6)
+    options = [
+        Sampling(max_new_tokens=4),
+        Sampling(max_new_tokens=9, temperature=1.0, top_k=20, seed=3, num_samples=2, log_probs=True),
+        Sampling(max_new_tokens=7, repetition_penalty=1.5, stop=("A",)),
+    ]
+    together = generate_completions(model, Letters(), prompts, options, batch_size=3)
+    alone = [
+        completion
+        for place, (prompt, option) in enumerate(zip(prompts, options))
+        for completion in generate_completions(model, Letters(), [prompt], option, places=[place])
+    ]
+    assert [one.text for one in together] == [one.text for one in alone] and ids_of(together) == ids_of(alone)
+    assert [one.log_probs is None for one in together] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "llama dynamic beyond"])
+def test_samples_of_a_prompt_read_it_once(case):
+    model = pair(case)[1]
+    prompt, other = prompts_of(40, 7)
+    read = 0
+
+    def count(module, arguments):
+        nonlocal read
+        read += arguments[0].numel()
+
+    options = Sampling(max_new_tokens=6, temperature=1.0, seed=0, num_samples=5, stop_ids=())
+    alone = [ids for sample in range(5) for ids in [generate_one(model, prompt, options, sample)]]
+    with model.model.register_forward_pre_hook(count):
+        together = generate_completions(model, Letters(), [prompt, other], options, batch_size=4)
+    assert ids_of(together)[:5] == alone
+    if not model.config.depends_on_length:  # whose texts outgrow what was read
+        # Each prompt once, then its last token again for each further sample, and five more tokens for each of ten.
+        assert read == 40 + 7 + 2 * 4 + 10 * 5
+
+
+def generate_one(model, prompt, options, sample):
+    engine = Engine(model, Letters(), 1, 200)
+    writing = Writing(prompt, options, 0, random_numbers(options, 0, 0, sample))
+    with generating(model):
+        engine.add(writing)
+        while engine.is_busy:
+            engine.step()
+    return writing.ids
+
+
+def test_long_prompts_are_read_in_chunks_beside_sequences_that_go_on(model):
+    prompts = prompts_of(5, 60, 6, 55)
+    expected = generate_completions(model, Letters(), prompts, Sampling(max_new_tokens=20, stop_ids=()))
+    engine = Engine(model, Letters(), 4, 2000, chunk_size=16)
+    writings = [Writing(ids, Sampling(max_new_tokens=20, stop_ids=()), place) for place, ids in enumerate(prompts)]
+    widest = 0
+    with generating(model):
+        for one in writings:
+            engine.add(one)
+        while engine.is_busy:
+            before = sum(len(one.ids) for one in writings)
+            engine.step()
+            if any(one.memory.unread > 1 for one in writings):  # prompts are still read
+                widest = max(widest, sum(len(one.ids) for one in writings) - before)
+    assert [one.ids for one in writings] == ids_of(expected) and widest >= 1
+
+
+def test_sequences_join_while_others_are_written(model):
+    prompts = prompts_of(5, 9, 6)
+    options = Sampling(max_new_tokens=12, stop_ids=())
+    expected = ids_of(generate_completions(model, Letters(), prompts, options))
+    engine = Engine(model, Letters(), 3, 300)
+    ended = []
+    with generating(model):
+        for number, prompt in enumerate(prompts):
+            engine.add(Writing(prompt, options, number))
+            ended += [one for _ in range(3) for one in engine.step()]
+        dropped = Writing(prompts[0], options, 7)
+        engine.add(dropped)
+        ended += engine.step()
+        engine.remove(dropped)
+        while engine.is_busy:
+            ended += engine.step()
+    assert {one.index: one.ids for one in ended} == dict(enumerate(expected))
+    assert engine.reader.blocks.available == engine.reader.pool.num_blocks
+
+
+def test_what_many_begin_with_is_remembered(model):
+    """Few-shot examples, a system prompt: read by the first, and kept for those that come later."""
+    common = prompts_of(40)[0]
+    prompts = [[*common, *tail] for tail in prompts_of(5, 9, 12, 7)]
+    options = Sampling(max_new_tokens=6, stop_ids=())
+    expected = ids_of(generate_completions(model, Letters(), prompts, options, batch_size=1))
+    read = []
+    with model.model.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0].numel())):
+        found = generate_completions(model, Letters(), prompts, options, batch_size=2)
+    assert ids_of(found) == expected
+    assert sum(read) == len(prompts[0]) + sum(len(ids) - 32 for ids in prompts[1:]) + 4 * 5
+
+
+def test_a_cache_that_can_not_hold_a_sequence_is_refused(model):
+    with pytest.raises(UserError, match="may come to 34 tokens, but the cache holds 32"):
+        generate_completions(model, Letters(), prompts_of(24), Sampling(max_new_tokens=10), cache_tokens=32)

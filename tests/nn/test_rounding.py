@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.nn.test_fake_quantize import edge_cases, two_layers
+from tests.nn.test_fake_quantize import edge_cases
 from tunesmith.errors import UserError
 from tunesmith.nn.float8 import FLOAT8, widened
 from tunesmith.nn.linear import Linear
@@ -133,7 +133,7 @@ def test_nf4_is_bitsandbytes(dtype=torch.float32):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_at_each_use_is_the_quantized_layer(kind):
-    model, x = two_layers().requires_grad_(False), torch.randn(7, 64)
+    model, x = nn.Sequential(Linear(64, 128), nn.Tanh(), Linear(128, 32)).requires_grad_(False), torch.randn(7, 64)
     apply_lora(model, rank=4)
     reset_adapters(model, 0)
     for layer in linear_layers(model).values():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tunesmith.configs.generate import Generate, Prompt
+from tunesmith.configs.generate import Generate, Prompt, Speculative
 from tunesmith.configs.shared import TokenizerConfig
 from tunesmith.errors import UserError
 from tunesmith.recipes.generate import main
@@ -192,3 +192,48 @@ def test_forms_are_options_of_the_command_line():
     assert load_config("generate", "model=m", r"regex=[ab]{3}\d: x").regex == r"[ab]{3}\d: x"
     with pytest.raises(UserError, match="`json_schema` and `regex` can't be combined: leave one of them out"):
         load_config("generate", "model=m", "json_schema={}", "regex=a")
+
+
+def test_guessing_ahead_writes_the_same(capsys, tiny_model, tmp_path):
+    texts = []
+    for number, section in enumerate(({}, {"prompt_lookup": True}, {"draft_model": str(tiny_model), "num_tokens": 3})):
+        file = tmp_path / f"{number}.jsonl"
+        options = {"prompt": ["the quick the quick the", "a"], "chat": False, "max_new_tokens": 20}
+        run(capsys, tiny_model, speculative=Speculative(**section), output_file=str(file), log_probs=True, **options)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        texts.append([(row["text"], len(row["log_probs"])) for row in rows])
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_exact_log_probabilities_are_written(capsys, tiny_model, tmp_path):
+    rows = {}
+    for name in ("log_probs", "exact_logprobs"):
+        file = tmp_path / f"{name}.jsonl"
+        run(capsys, tiny_model, prompt="the quick", chat=False, output_file=str(file), **{name: True})
+        rows[name] = json.loads(file.read_text())["log_probs"]
+    assert rows["exact_logprobs"] == pytest.approx(rows["log_probs"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"log_probs": True}, "`log_probs` are written into `output_file`: name one"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"cache_tokens": 0}, "`cache_tokens` must be at least 1"),
+    ],
+)
+def test_impossible_options(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(tiny_model, **options)
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"prompt_lookup": True, "draft_model": "x"}, "`prompt_lookup` and `draft_model` can't be combined"),
+        ({"num_tokens": 3}, "`num_tokens` needs `prompt_lookup` or a `draft_model`"),
+    ],
+)
+def test_impossible_guessing(section, message):
+    with pytest.raises(ValueError, match=message):
+        Speculative(**section)

@@ -111,8 +111,9 @@ def _targets(model: nn.Module) -> dict[str, _Target]:
     found, parts = {}, parameter_parts(model)
     cut: dict[str, Part] = getattr(model, "tensor_parts", {})
     for prefix, module in model.named_modules():
-        is_made = isinstance(module, NF4Linear) and not module.is_prequantized
-        quantized = module.weight_shapes() if is_made else {}
+        quantized = {}
+        if isinstance(module, NF4Linear) and not module.is_prequantized:
+            quantized = module.weight_shapes()
         for leaf, shape in quantized.items():
             found[f"{prefix}.{leaf}"] = _Target(module, leaf, cut.get(f"{prefix}.{leaf}") or Part.whole(shape), True)
         for leaf, _ in module.named_parameters(recurse=False):

@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Any
 
 from tunesmith.configs._section import section
-from tunesmith.configs.shared import RunSettings, TokenizerConfig, below
+from tunesmith.configs.shared import Checked, RunSettings, TokenizerConfig, below
 
 
 @section
@@ -15,6 +15,25 @@ class Prompt:
     """What the user says."""
     system: str | None = None
     """The system message."""
+
+
+@section
+class Speculative(Checked):
+    """Tokens guessed ahead and checked by the model in one pass (arXiv 2211.17192)."""
+
+    prompt_lookup: bool = False
+    """Guess that the text goes on as it did where its last tokens stood before."""
+    draft_model: str | None = None
+    """Folder or Hub id of a smaller model with the same vocabulary that guesses."""
+    num_tokens: int | None = None
+    """Guessed at a time; default: 8 by look-up, 4 by a model."""
+
+    def problems(self):
+        yield from below(1, self, "num_tokens")
+        if self.prompt_lookup and self.draft_model is not None:
+            yield "`prompt_lookup` and `draft_model` can't be combined: leave one of them out"
+        if self.num_tokens is not None and not self.prompt_lookup and self.draft_model is None:
+            yield "`num_tokens` needs `prompt_lookup` or a `draft_model`, which guesses"
 
 
 @section(kw_only=True)
@@ -58,17 +77,31 @@ class Generate(RunSettings):
     num_samples: int = 1
     """Continuations per prompt."""
     batch_size: int = 8
-    """Prompts generated at a time."""
+    """Texts generated at a time; as one ends, the next joins."""
+    cache_tokens: int | None = None
+    """Tokens whose keys and values are held for them; default: enough for the longest. With fewer, some wait, or start again."""
+    speculative: Speculative = field(default_factory=Speculative)
+    """Guess ahead: the same text in fewer passes."""
+    exact_logprobs: bool = False
+    """Write tokens' log-probabilities into `output_file` to the bit as a training step computes them, by one more pass over each text."""
+    log_probs: bool = False
+    """Write tokens' log-probabilities into `output_file`."""
     stream: bool | None = None
     """Show tokens as they come; default: for a single prompt in a terminal."""
     quantize_base: bool = False
     """Hold the matrices in 4-bit NormalFloat."""
+    tensor_parallel_dim: int = 1
+    """Processes that hold a model together; several such groups share the prompts."""
     output_file: str | None = None
     """Write {prompt, text} rows here as jsonl."""
 
     def problems(self):
         yield from super().problems()
-        yield from below(1, self, "max_new_tokens", "top_k", "num_samples", "batch_size")
+        yield from below(
+            1, self, "max_new_tokens", "top_k", "num_samples", "batch_size", "cache_tokens", "tensor_parallel_dim"
+        )
+        if (self.log_probs or self.exact_logprobs) and self.output_file is None:
+            yield "`log_probs` are written into `output_file`: name one"
         yield from below(0, self, "temperature", "seed")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)

@@ -36,7 +36,7 @@ class Layout:
     @classmethod
     def of(cls, config: Any) -> Layout:
         """The layout that a recipe's options ask for."""
-        return cls(**{axis: getattr(config, option) for axis, option in OPTIONS.items()})
+        return cls(**{axis: getattr(config, option) for axis, option in OPTIONS.items() if hasattr(config, option)})
 
     def sizes(self, world_size: int) -> tuple[int, ...]:
         """The size of every axis in the order of AXES. Raises UserError where they do not multiply to `world_size`."""

@@ -64,6 +64,14 @@ _QUANTIZERS = {
 }
 _GROUP_SIZE = 256
 """Both quantizers' own."""
+_POST_TRAINING = {
+    "Int8DynActInt4WeightQuantizer": ("int8_dynamic_int4", 256),
+    "Int8DynActInt4WeightQATQuantizer": ("int8_dynamic_int4", 256),
+    "Int4WeightOnlyQuantizer": ("int4_weight_only", 128),
+    "Int4WeightOnlyQATQuantizer": ("int4_weight_only", 256),
+    "Int8WeightOnlyQuantizer": ("int8_weight_only", None),
+}
+"""{quantizer of `tune run quantize`: (our scheme, its own size of groups)}."""
 
 ADAPTER_ARGUMENTS = (
     "lora_attn_modules apply_lora_to_mlp apply_lora_to_output lora_rank lora_alpha lora_dropout use_dora quantize_base"
@@ -94,7 +102,7 @@ def method_of_file(tree: Node) -> tuple[str | None, str, Place]:
     if quantizer is not None and quantizer.value is not None and "dataset" not in tree.value:
         named = layers.find(quantizer, ["_component_"])
         if named is None or str(named.value).rpartition(".")[2] not in _QUANTIZERS:
-            return "quantization for inference", "quantizer", quantizer.place
+            return "quantize", "quantizer", quantizer.place
     return None, "", tree.place
 
 
@@ -273,6 +281,9 @@ class Methods:
         if node.value is None:
             return
         named, dotted, entries = self.component(node)
+        if self.recipe == "quantize" and named is not None:
+            self._post_training(named, dotted, entries)
+            return
         component = _QUANTIZERS.get(dotted.rpartition(".")[2])
         if self.recipe not in DATA_SECTIONS or component is None or named is None:
             trains = self.recipe in DATA_SECTIONS
@@ -280,13 +291,31 @@ class Methods:
             self.report(
                 named or node,
                 f"torchtune's `quantizer` {dotted or node.plain()} has no counterpart here; "
-                + (f"training takes {names}" if trains else "leave it out"),
+                + (f"training takes {names}" if trains else "leave it out, and name a model from `tune run quantize`"),
             )
             return
         self.put("qat.type", Node(component.type, named.place))
         self.put("qat.group_size", Node(_GROUP_SIZE, named.place))
         self.put("qat.skip_indivisible", Node(True, named.place))  # as torchtune leaves such layers as they are
         self.arguments("qat", component, entries, own=not named.place.shipped)
+
+    def _post_training(self, named: Node, dotted: str, entries: dict[str, Node]) -> None:
+        """A quantizer of torchtune's recipe quantize, as our section `scheme`."""
+        if (found := _POST_TRAINING.get(dotted.rpartition(".")[2])) is None:
+            known = ", ".join(name for name in _POST_TRAINING if "QAT" not in name)
+            self.report(named, f"torchtune's `quantizer` {dotted} has no counterpart here; quantize takes {known}")
+            return
+        self.put("scheme.type", Node(found[0], named.place))
+        if found[1] is not None:
+            self.put("scheme.group_size", Node(found[1], named.place))
+        self.put("scheme.skip_indivisible", Node(True, named.place))  # as torchtune leaves such layers as they are
+        for key, child in entries.items():
+            if key == "groupsize":
+                self.put("scheme.group_size", child)
+            elif key in ("precision", "scales_precision", "padding_allowed", "inner_k_tiles"):
+                continue  # how its kernels are fed
+            else:
+                self.report(child, f"torchtune's `quantizer.{key}` has no counterpart here; leave it out")
 
     def _fake_quant_after_n_steps(self, node: Node) -> None:
         is_off = "quantizer" in self.tree.value and self.tree.value["quantizer"].value is None

@@ -84,7 +84,6 @@ METHODS_NOT_THERE = {
     "grpo": "GRPO",
     "ppo": "PPO",
     "early_exit": "early-exit training (LayerSkip)",
-    "quantiz": "quantization for inference",
 }
 """{part of a recipe's or config's name: the method}."""
 
@@ -131,7 +130,13 @@ def config_names() -> list[str]:
     pairs = ("llama3_2/8B_to_1B", "qwen2/1.5B_to_0.5B", "qwen2_5/14B_to_7B")
     scales = ("single_device", "distributed")
     distilled = [f"{pair}_KD_lora_{scale}" for pair in pairs for scale in scales]
-    return [*(f"{model}_{update}" for model in MODELS for update in updates), *distilled, "generation", *EVALUATED]
+    return [
+        *(f"{model}_{update}" for model in MODELS for update in updates),
+        *distilled,
+        "generation",
+        "quantization",
+        *EVALUATED,
+    ]
 
 
 def is_recipe(name: str) -> bool:
@@ -144,6 +149,8 @@ def recipe_for(name: str) -> str | None:
         return training.recipe
     if bare(name) in EVALUATE_RECIPES or name in EVALUATED:
         return "evaluate"
+    if name == "quantization":
+        return "quantize"
     if is_config_name(name) and "/" in name and not method_not_there(name):
         kind, _ = form_of(name.partition("/")[2])
         return "sft" if kind in (None, "qat") else kind

@@ -45,6 +45,11 @@ def defaults_of(name: str, recipe: str | None, place: Place, problems: list[Prob
             "top_k": 300,
         }
         return layers.to_node({"model": {"_component_": model}, "dtype": "bf16", "seed": 1234} | settings, shipped)
+    if name == "quantization":
+        quantizer = "torchtune.training.quantization.Int8DynActInt4WeightQuantizer"
+        settings = {"model": {"_component_": builder("llama2/7B", "")}, "dtype": "bf16", "seed": 1234}
+        settings |= {"output_dir": "/tmp/torchtune/llama2_7B/quantized"}
+        return layers.to_node(settings | {"quantizer": {"_component_": quantizer, "groupsize": 256}}, shipped)
     if name in EVALUATED:
         settings = {"tasks": ["truthfulqa_mc2"], "batch_size": 8, "dtype": "bf16", "seed": 1234}
         return layers.to_node({"model": {"_component_": builder(EVALUATED[name], "")}} | settings, shipped)

@@ -5,7 +5,6 @@ Tokens are cut as the harness's own HFLM cuts them, so that scores are the same.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -153,18 +152,20 @@ class EngineLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         texts: list[Any] = [request.args for request in requests]
-        samplings = [self._sampling(index, arguments) for index, (_, arguments) in enumerate(texts)]
+        known: dict[Sampling, Sampling] = {}  # the engine takes those that are one object together
+        samplings = [known.setdefault(one, one) for one in (self._sampling(arguments) for _, arguments in texts)]
         contexts = self._encode([context for context, _ in texts])
         prompts = [self._fitting(ids, sampling) for ids, sampling in zip(contexts, samplings)]
         keys = [tuple(prompt) for prompt in prompts]
         costs = [len(prompt) + sampling.max_new_tokens for prompt, sampling in zip(prompts, samplings)]
-        answers = self._divided(list(zip(prompts, samplings)), keys, costs, self._generated)
+        items = list(zip(range(len(prompts)), prompts, samplings))
+        answers = self._divided(items, keys, costs, self._generated)
         for text, answer in zip(texts, answers):
             self.cache_hook.add_partial("generate_until", text, answer)
         return answers
 
-    def _sampling(self, index: int, arguments: dict[str, Any]) -> Sampling:
-        """A task's generation arguments; the index-th request draws random numbers of its own, whatever rank it runs on."""
+    def _sampling(self, arguments: dict[str, Any]) -> Sampling:
+        """A task's generation arguments."""
         known: Any = normalize_gen_kwargs(arguments, _MAX_NEW_TOKENS)
         draws = known.pop("do_sample")
         temperature = float(known.pop("temperature", 1.0 if draws else 0.0))
@@ -179,14 +180,13 @@ class EngineLM(TemplateLM):
             name for name, value in known.items() if name not in {"max_gen_toks", *_WITHOUT_EFFECT} if value
         ]:
             raise UserError(f"generation arguments of a task: `{unknown[0]}` is not understood; leave it out")
-        digest = hashlib.sha256(f"{self.seed}:{index}".encode()).digest()
         try:
             return Sampling(
                 max_new_tokens=known["max_gen_toks"],
                 temperature=temperature,
                 stop=tuple(text for text in stops if text not in special),
                 stop_ids=tuple(sorted(number for number in ends if number is not None)),
-                seed=int.from_bytes(digest[:4], "little") if temperature > 0 else 0,
+                seed=self.seed,
                 **{name: value for name, value in filters.items() if value},
             )
         except ValueError as error:
@@ -203,16 +203,13 @@ class EngineLM(TemplateLM):
         self.num_truncated += len(context) > room
         return context[-room:] or [self.prefix_token_id]
 
-    def _generated(self, requests: list[tuple[Ids, Sampling]]) -> list[str]:
-        groups: dict[Sampling, list[int]] = {}
-        for index, (_, sampling) in enumerate(requests):
-            groups.setdefault(sampling, []).append(index)
-        texts: dict[int, str] = {}
-        for sampling, indices in groups.items():
-            prompts = [requests[index][0] for index in indices]
-            completions = generate_completions(self.model, self.engine_tokenizer, prompts, sampling, self.batch_size)
-            texts.update((index, self._text(one, sampling)) for index, one in zip(indices, completions))
-        return [texts[index] for index in range(len(requests))]
+    def _generated(self, requests: list[tuple[int, Ids, Sampling]]) -> list[str]:
+        """Each with its place among all requests, on which its random numbers depend: not on the rank that it came to."""
+        places, prompts, samplings = zip(*requests) if requests else ((), (), ())
+        completions = generate_completions(
+            self.model, self.engine_tokenizer, prompts, samplings, self.batch_size, places=places
+        )
+        return [self._text(one, sampling) for one, sampling in zip(completions, samplings)]
 
     def _text(self, completion: Completion, sampling: Sampling) -> str:
         """As transformers decodes an answer alone (a SentencePiece model's first space goes), up to the first stop."""

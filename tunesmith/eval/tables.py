@@ -81,7 +81,8 @@ def print_table(table: Table, stream: TextIO) -> None:
 
     drawn = rich.table.Table(title=table.title, title_justify="left")
     for index, header in enumerate(table.headers):
-        drawn.add_column(header, justify="right" if index in table.numeric else "left", overflow="fold")
+        is_number = index in table.numeric
+        drawn.add_column(header, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     for row in table.rows:
         drawn.add_row(*row)
     Console(file=stream, markup=False).print(drawn)

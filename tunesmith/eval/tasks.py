@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ from tunesmith.configs._suggest import did_you_mean
 from tunesmith.configs.evaluate import is_task_path
 from tunesmith.errors import UserError
 
-_DEFINITION = re.compile(r"""^(?:task|group):[ \t]*['"]?([^\s'"#\[{]+)""", re.MULTILINE)
-_TAGS = re.compile(r"""^tag:[ \t]*(\S*)((?:\n[ \t]*-[ \t]*\S+)*)""", re.MULTILINE)
+_DEFINITION = re.compile(r"""^['"]?(?:task|group)['"]?:[ \t]*['"]?([^\s'"#\[{]+)""", re.MULTILINE)
+_TAGS = re.compile(r"""^['"]?tag['"]?:[ \t]*(.*(?:\n[ \t]*-[ \t]*\S+)*)""", re.MULTILINE)
+_INCLUDE = re.compile(r"""^include:[ \t]*['"]?([^\s'"]+)""", re.MULTILINE)
+_WORD = re.compile(r"""[^\s'",\[\]#-][^\s'",\[\]#]*""")
+_NO_TASKS = (".py", ".pyc", ".md", ".txt", ".json", ".jsonl", ".csv", ".png", ".sh")
 
 Loaded = dict[str, Any]
 """What the harness calls a task dict: its tasks by name, and groups of them."""
@@ -69,7 +74,7 @@ def _specs(name: str, manager: TaskManager) -> Iterator[str]:
         yield name
     else:
         raise UserError(
-            f"`tasks`: no task {name}{did_you_mean(name, _all_names(manager))}; lm-eval ls tasks lists them, "
+            f"`tasks`: no task {name}{did_you_mean(name, {*_places(), *manager.task_index})}; lm-eval ls tasks lists them, "
             "and a task of your own is named by its file, such as ./my_task.yaml"
         )
 
@@ -150,26 +155,27 @@ def _children(content: dict[str, Any]) -> Iterator[str]:
 # --- the harness's own -------------------------------------------------------------------------------
 
 
-def _manager(names: list[str], own: list[Path]) -> TaskManager:
+def _manager(names: Iterable[str], own: list[Path]) -> TaskManager:
     """One that knows `names` and what they consist of. To read all 14,000 of the harness's tasks takes a quarter of a minute, so
-    only folders that hold what is wanted are read, where that can be told."""
-    root = Path(lm_eval.tasks.__file__).parent
+    only folders that hold what is wanted are read."""
     manager = TaskManager(include_path=list(own), include_defaults=False)
-    missing = _missing(names, manager)
-    if not missing:
-        return manager
-    files, tags = _definitions(root)
-    folders: set[Path] = set()
-    while missing:
-        if not missing <= files.keys() - tags:
-            is_all_unknown = not any(name in files or name in tags for name in missing)
-            if is_all_unknown and not folders:
-                return manager  # for which they are unknown as well
-            return TaskManager(include_path=list(own))
-        folders |= {files[name].parent for name in missing}
-        manager = TaskManager(include_path=[*sorted(folders, reverse=True), *own], include_defaults=False)
-        missing = _missing(names, manager)
+    done: set[Path] = set()
+    while missing := _missing(names, manager):
+        wanted = {folder for name in missing for folder in _places().get(name, ())} - done
+        if not wanted:
+            break  # what is still missing is defined by the group that names it, or unknown
+        for folder in sorted(wanted):
+            _add(manager.task_index, TaskManager(include_path=folder, include_defaults=False).task_index)
+        done |= wanted
     return manager
+
+
+def _add(index: dict[str, Any], more: dict[str, Any]) -> None:
+    """Tasks that are not known yet, and to tags those that bear them."""
+    for name, entry in more.items():
+        known = index.setdefault(name, entry)
+        if known.yaml_path is None and entry.yaml_path is None:
+            known.tags |= entry.tags
 
 
 def _missing(names: Iterable[str], manager: TaskManager) -> set[str]:
@@ -188,19 +194,27 @@ def _missing(names: Iterable[str], manager: TaskManager) -> set[str]:
     return missing
 
 
-def _definitions(root: Path) -> tuple[dict[str, Path], set[str]]:
-    """{task or group: the file that defines it}, and names of tags; found as text, which is fast."""
-    files: dict[str, Path] = {}
-    tags: set[str] = set()
-    for path in sorted(root.rglob("*yaml"), key=Path.as_posix):  # without a dot, too: what others include
-        text = path.read_text(encoding="utf-8")
-        for name in _DEFINITION.findall(text) if path.suffix else ():
-            files.setdefault(name, path)
-        for first, others in _TAGS.findall(text):
-            tags |= {name.strip("'\"") for name in [first, *re.findall(r"-[ \t]*(\S+)", others)] if name}
-    return files, tags
-
-
-def _all_names(manager: TaskManager) -> list[str]:
-    files, tags = _definitions(Path(lm_eval.tasks.__file__).parent)
-    return sorted({*files, *tags, *manager.all_tasks})
+@functools.cache
+def _places() -> dict[str, set[Path]]:
+    """{task, group or tag of the harness: folders in which all of it is}; found by looking at files as text, which is fast."""
+    root = Path(lm_eval.tasks.__file__).parent
+    places: dict[str, set[Path]] = defaultdict(set)
+    tags: dict[Path, list[str]] = {}
+    includes: dict[Path, Path] = {}
+    for path in sorted(root.rglob("*"), key=Path.as_posix):
+        if path.suffix in _NO_TASKS or not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for name in _DEFINITION.findall(text) if path.suffix == ".yaml" else ():
+            if name not in places:  # the harness takes the first
+                places[name].add(path.parent)
+        tags[path] = [name for found in _TAGS.findall(text) for name in _WORD.findall(found)]
+        for name in _INCLUDE.findall(text):
+            includes[path] = Path(os.path.normpath(path.parent / name))
+    for path in tags:
+        source: Path | None = path
+        while source is not None:
+            for name in tags.get(source, ()):
+                places[name].add(root / path.relative_to(root).parts[0])
+            source = includes.get(source)
+    return dict(places)

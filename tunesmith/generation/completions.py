@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
-from tunesmith.generation.engine import Engine, Writing, random_numbers
+from tunesmith.generation.engine import Drafter, Engine, Writing, random_numbers
+from tunesmith.generation.exact import log_probs_of
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.families import check_speaks
@@ -82,6 +83,9 @@ def generate_completions(
     on_text: Callable[[int, str], None] | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
     cache_tokens: int | None = None,
+    drafter: Callable[[int], Drafter] | None = None,
+    exact_logprobs: bool = False,
+    places: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Like `generate`, with tokens, reasons and log-probabilities: sampling.num_samples completions a prompt, in the prompts' order.
 
@@ -89,6 +93,9 @@ def generate_completions(
         sampling: for all prompts, or one for each.
         agree: see Engine.
         cache_tokens: tokens whose keys and values are held; None: enough for batch_size of the longest sequences.
+        drafter: given cache_tokens, who guesses ahead (generation.speculative).
+        exact_logprobs: log-probabilities to the bit as a training step computes them (generation.exact).
+        places: numbers that a prompt's randomness depends on; None: its place among `prompts`. For whoever generates a part of more.
 
     A sequence's text does not depend on what else is generated (but for rounding: see Engine).
     Raises UserError for a prompt that is empty or longer than the model's context, and for a model whose head gives scores.
@@ -99,7 +106,7 @@ def generate_completions(
     encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
     for index, ids in enumerate(encoded):
         _check_prompt(index, ids, model.config)
-    writings = list(_writings(encoded, samplings))
+    writings = list(_writings(encoded, samplings, range(len(encoded)) if places is None else places))
     if cache_tokens is None:
         cache_tokens = _memory_for(writings, batch_size, model.config)
     engine = Engine(
@@ -110,12 +117,15 @@ def generate_completions(
         shares=_begin_alike(encoded, samplings),
         on_text=on_text,
         agree=agree,
+        drafter=None if drafter is None else drafter(cache_tokens),
     )
     with generating(model):
         for writing in writings:
             engine.add(writing)
         while engine.is_busy:
             engine.step()
+    if exact_logprobs:
+        _score_exactly(model, tokenizer, writings)
     return [_completion(writing, tokenizer) for writing in writings]
 
 
@@ -134,10 +144,20 @@ def generating(model: CausalLM) -> Iterator[None]:
         model.train(was_training)
 
 
-def _writings(encoded: list[list[int]], samplings: list[Sampling]) -> Iterator[Writing]:
+def _score_exactly(model: CausalLM, tokenizer: Tokenizer, writings: list[Writing]) -> None:
+    was_training = model.training
+    model.eval()
+    pad_id = getattr(tokenizer, "pad_id", None) or 0
+    found = log_probs_of(model, [(one.prompt, one.ids) for one in writings], pad_id, model.config.context_length)
+    for writing, values in zip(writings, found):
+        writing.log_probs = values
+    model.train(was_training)
+
+
+def _writings(encoded: list[list[int]], samplings: list[Sampling], places: Sequence[int]) -> Iterator[Writing]:
     drawn = secrets.randbits(32)
     index = 0
-    for place, (ids, sampling) in enumerate(zip(encoded, samplings)):
+    for place, ids, sampling in zip(places, encoded, samplings):
         seed = drawn if sampling.seed is None else sampling.seed
         for sample in range(sampling.num_samples):
             yield Writing(ids, sampling, index, random_numbers(sampling, seed, place, sample))

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from tunesmith.data.batch import IGNORED, Batch
 from tunesmith.data.collate import EMPTY_ROW, TokenRow, collate
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.generation.completions import generate_completions
+from tunesmith.generation.exact import sequence_row
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.mesh import Mesh
@@ -91,10 +91,7 @@ class OwnAnswers:
 
     def _row(self, prompt: list[int], answer: list[int]) -> TokenRow:
         """At most max_seq_len inputs, the last token being a label only."""
-        tokens = np.array([*prompt, *answer][: self.max_seq_len + 1], np.int64)
-        labels = tokens[1:].copy()
-        labels[: len(prompt) - 1] = IGNORED
-        return TokenRow(tokens[:-1], labels, np.array([len(labels)]))
+        return sequence_row(prompt, answer[: self.max_seq_len + 1 - len(prompt)])
 
 
 def _last_answer(labels: Tensor) -> int | None:

@@ -5,11 +5,19 @@ O outputs, I inputs, G groups of an output's inputs, N tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tunesmith.nn import int4, int8
 from tunesmith.nn.scheme import Scheme
+
+_LEVELS: dict[str, Any] = {
+    "int4": (int4.group_scales, int4.LOWEST, int4.HIGHEST),
+    "int8": (int8.group_scales, int8.LOWEST, int8.HIGHEST),
+}
+"""{levels: (what chooses their scales, lowest, highest)}."""
 
 _BLOCK = 128
 """Inputs whose errors are made good among themselves first, and beyond them in one product."""
@@ -36,14 +44,14 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = 0.01)
     (the paper's implementation calls the two static groups and act-order). damping: part of the mean of the diagonal that is added
     to it. Errors are kept in float32. Raises ValueError for levels that are not whole numbers.
     """
-    if scheme.kind.levels not in ("int4", "int8"):
+    if scheme.kind.levels not in _LEVELS:
         raise ValueError(f"GPTQ chooses whole numbers, and {scheme} has none")
-    kind = int4 if scheme.kind.levels == "int4" else int8
+    choose_scales, *limits = _LEVELS[scheme.kind.levels]
     group_size = scheme.group_size or weight.shape[1]
-    scales = kind.group_scales(weight, group_size) if kind is int4 else kind.row_scales(weight, group_size)
+    scales = choose_scales(weight, group_size)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     steps = scales.float().repeat_interleave(group_size, 1)[:, order]
-    levels = _choose(weight.float()[:, order], steps, _inverse_root(hessian[order][:, order], damping), kind)
+    levels = _choose(weight.float()[:, order], steps, _inverse_root(hessian[order][:, order], damping), *limits)
     return levels[:, order.argsort()].to(torch.int8), scales
 
 
@@ -60,9 +68,8 @@ def _inverse_root(hessian: Tensor, damping: float) -> Tensor:
     raise ValueError("the inputs of a layer are not finite, or all the same")
 
 
-def _choose(weight: Tensor, steps: Tensor, root: Tensor, kind: object) -> Tensor:
-    """Levels (O, I) of `weight`, which is used up, in its order of inputs."""
-    low, high = kind.LOWEST, kind.HIGHEST  # type: ignore[attr-defined]
+def _choose(weight: Tensor, steps: Tensor, root: Tensor, low: int, high: int) -> Tensor:
+    """Levels (O, I) from low to high of `weight`, which is used up, in its order of inputs."""
     levels = torch.empty_like(weight)
     for start in range(0, weight.shape[1], _BLOCK):
         end = min(start + _BLOCK, weight.shape[1])

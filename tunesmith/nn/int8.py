@@ -19,13 +19,13 @@ _FEW_ROWS = 4
 """Up to so many, PyTorch's kernel for int8 beside 16-bit numbers is faster than widening the weight (CPU, 1024 x 4096: 0.26 ms against 1.4 for one row, 0.9 against 1.7 for 8)."""
 
 
-def row_scales(x: Tensor, group_size: int) -> Tensor:
+def group_scales(x: Tensor, group_size: int) -> Tensor:
     """The step (…, G), float32, with which the largest magnitude of a group of (…, I) is 127.5 steps: torchao's SYMMETRIC."""
     largest = x.unflatten(-1, (-1, group_size)).abs().amax(-1)
     return (largest / ((HIGHEST - LOWEST) / 2)).clamp_(min=torch.finfo(torch.float32).eps).float()
 
 
-def quantize_rows(x: Tensor, scales: Tensor) -> Tensor:
+def quantize_groups(x: Tensor, scales: Tensor) -> Tensor:
     """The levels of (…, I), int8."""
     groups = x.unflatten(-1, (scales.shape[-1], -1)) * (1.0 / scales)[..., None]
     return groups.round_().clamp_(LOWEST, HIGHEST).flatten(-2).to(torch.int8)
@@ -34,7 +34,7 @@ def quantize_rows(x: Tensor, scales: Tensor) -> Tensor:
 def whole_product(x: Tensor, weight: Tensor) -> Tensor:
     """Levels (N, I) @ (O, I)ᵀ -> (N, O), float32: whole numbers, exact below 2^24."""
     if x.device.type == "cpu":
-        return torch._int_mm(x, weight.t()).float()
+        return torch.ops.aten._int_mm(x, weight.t()).float()
     return F.linear(x.float(), weight.float())
 
 
@@ -49,8 +49,8 @@ class Int8Linear(QuantizedLinear):
     @staticmethod
     def quantize(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """See `QuantizedLinear`."""
-        scales = row_scales(weight, scheme.group_size or weight.shape[-1])
-        return quantize_rows(weight, scales), scales
+        scales = group_scales(weight, scheme.group_size or weight.shape[-1])
+        return quantize_groups(weight, scales), scales
 
     @staticmethod
     def described(scheme: Scheme) -> tuple[str, dict[str, Any]]:
@@ -75,8 +75,8 @@ class Int8Linear(QuantizedLinear):
 
     def _rounded(self, x: Tensor) -> Tensor:
         """x (N, I) and weight rounded; the sums are exact."""
-        steps = row_scales(x, x.shape[-1])
-        y = whole_product(quantize_rows(x, steps), self.levels).mul_(steps).to(x.dtype)
+        steps = group_scales(x, x.shape[-1])
+        y = whole_product(quantize_groups(x, steps), self.levels).mul_(steps).to(x.dtype)
         return y * self.scales.flatten()
 
     def _product(self, x: Tensor) -> Tensor:
@@ -84,5 +84,5 @@ class Int8Linear(QuantizedLinear):
             return F.linear(x, self.dense_weight(x.dtype))
         scales = self.scales.flatten().to(x.dtype)
         if x.is_cpu and x.dtype != torch.float32 and len(x) <= _FEW_ROWS:
-            return torch._weight_int8pack_mm(x, self.levels, scales)
+            return torch.ops.aten._weight_int8pack_mm(x, self.levels, scales)
         return F.linear(x, self.levels.to(x.dtype)) * scales

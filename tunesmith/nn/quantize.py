@@ -111,7 +111,7 @@ class NF4Linear(nn.Linear):
 
     quantization = "nf4"
     weight_nf4: nn.Parameter
-    is_prequantized = False
+    is_prequantized: bool = False
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> NF4Linear:

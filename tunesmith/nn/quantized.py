@@ -24,6 +24,8 @@ class QuantizedLinear(nn.Linear):
     """
 
     scheme: Scheme
+    compute_dtype: torch.dtype
+    """Of the weight before it was quantized."""
 
     @staticmethod
     def types(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -114,6 +114,12 @@ class Mesh:
             dist.broadcast(tensor := tensor.contiguous(), 0)
         return tensor
 
+    def as_first(self, tensor: Tensor, axis: str) -> Tensor:
+        """The tensor, of one shape on them, of the first of the ranks that differ from this one along `axis` alone."""
+        if self.size(axis) > 1:
+            dist.broadcast(tensor := tensor.contiguous(), group_src=0, group=self.group(axis))
+        return tensor
+
     def _reduce(self, values: Sequence[float], axes: Sequence[str], operator: Any) -> list[float]:
         totals = torch.tensor(values, dtype=torch.float64)  # on the host: gloo serves it on every device
         for axis in axes:

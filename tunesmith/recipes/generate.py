@@ -5,26 +5,39 @@ tune run generate model=Qwen/Qwen3-0.6B prompt.user="Why is the sky blue?" promp
 tune run generate model=… chat=false 'prompt=[Once upon a time, "Roses are red,"]' output_file=texts.jsonl
 tune run generate model=… json_schema=schema.json prompt="Describe a cat."
 tune run generate model=… < prompt.txt
+tune run generate model=Qwen/Qwen3-8B speculative.draft_model=Qwen/Qwen3-0.6B prompt=…        guess ahead: the same text, sooner
+tune run --nproc_per_node 4 generate model=Qwen/Qwen3-32B tensor_parallel_dim=4 prompt=…      a model that one device cannot hold
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+import torch
 
 from tunesmith.configs.generate import Generate
 from tunesmith.configs.generate import Prompt as ChatPrompt
+from tunesmith.configs.layout import Layout
 from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.errors import UserError
 from tunesmith.generation.completions import Completion, Prompt, generate_completions
 from tunesmith.generation.constraints import Constraint
+from tunesmith.generation.engine import Drafter
 from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.speculative import DraftModel, PromptLookup, check_draft
+from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import pick_device, supports_bf16
+from tunesmith.parallel.mesh import Mesh, start_mesh, stop_mesh
 from tunesmith.training.build import DTYPES, load_model, tokenizer_folder
 from tunesmith.training.preflight import check
 
@@ -34,16 +47,28 @@ def main(config: Generate) -> None:
     device = pick_device(config.device)
     if config.dtype == "bf16" and not supports_bf16(device):
         raise UserError(f"{device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
-    prompts = read_prompts(config)
     check_output(config.output_file)
     sampling = sampling_of(config)
-    model = load_model(
-        config.model,
-        dtype=DTYPES[config.dtype],
-        device=device,
-        adapter=config.adapter,
-        quantize_base=config.quantize_base,
-    )
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        Layout.of(config).sizes(1)
+        _generate(config, device, None, read_prompts(config), sampling)
+        return
+    mesh = start_mesh(device, Layout.of(config))
+    try:
+        prompts = mesh.ranks.from_main(lambda: read_prompts(config))
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=mesh.ranks.from_main(lambda: secrets.randbits(32)))
+        _generate(config, device, mesh, prompts, sampling)
+    finally:
+        stop_mesh()
+
+
+def _generate(
+    config: Generate, device: torch.device, mesh: Mesh | None, prompts: list[str | ChatPrompt], sampling: Sampling
+) -> None:
+    options = {"dtype": DTYPES[config.dtype], "device": device, "quantize_base": config.quantize_base, "mesh": mesh}
+    model = load_model(config.model, adapter=config.adapter, **options)
+    drafter = open_drafter(config, model, options)
     # A model without a template is taken for one that continues text, unless a chat is asked for.
     is_chat = config.chat or any(isinstance(prompt, ChatPrompt) for prompt in prompts)
     templates = model.family.chat_templates if is_chat else ()
@@ -52,18 +77,31 @@ def main(config: Generate) -> None:
     streams = (
         config.stream if config.stream is not None else len(prompts) * config.num_samples == 1 and sys.stdout.isatty()
     )
+    is_main = mesh is None or mesh.is_main
+    if mesh is not None and mesh.dp_size > 1:
+        streams = False  # the prompts of others are written meanwhile
+    own = range(len(prompts)) if mesh is None else range(mesh.dp_rank, len(prompts), mesh.dp_size)
     names = [(_in_short(prompt), sample) for prompt in prompts for sample in range(config.num_samples)]
     printer = Printer(names, config.num_samples, sys.stdout)
     started = time.perf_counter()
     completions = generate_completions(
         model,
         tokenizer,
-        [_messages(prompt) if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts],
+        [_as_given(prompts[number]) for number in own],
         sampling,
         batch_size=1 if streams else config.batch_size,
         chat=config.chat,
-        on_text=printer.piece if streams else None,
+        on_text=printer.piece if streams and is_main else None,
+        agree=None if mesh is None else partial(mesh.as_first, axis="tp"),
+        cache_tokens=config.cache_tokens,
+        drafter=drafter,
+        exact_logprobs=config.exact_logprobs,
+        places=own,
     )
+    if mesh is not None:
+        completions = _gathered(mesh, list(own), completions, config.num_samples)
+    if not is_main:
+        return
     seconds = time.perf_counter() - started
     if not streams:
         for index, completion in enumerate(completions):
@@ -90,7 +128,28 @@ def sampling_of(config: Generate) -> Sampling:
         seed=config.seed,
         num_samples=config.num_samples,
         constraint=constraint_of(config),
+        log_probs=config.log_probs,
     )
+
+
+def open_drafter(config: Generate, model: CausalLM, options: dict[str, Any]) -> Callable[[int], Drafter] | None:
+    """Who guesses ahead, given the tokens that the cache holds."""
+    guess = config.speculative
+    if guess.prompt_lookup:
+        return lambda _: PromptLookup(guess.num_tokens or 8)
+    if guess.draft_model is None:
+        return None
+    draft = load_model(guess.draft_model, **{**options, "quantize_base": False})
+    check_draft(model, draft)
+    return lambda cache_tokens: DraftModel(draft, cache_tokens, guess.num_tokens or 4)
+
+
+def _gathered(mesh: Mesh, own: list[int], completions: list[Completion], num_samples: int) -> list[Completion]:
+    """Those of all ranks, in the prompts' order."""
+    found: dict[int, list[Completion]] = {}
+    for numbers, of_rank in mesh.ranks.gather((own, completions)):
+        found |= {number: of_rank[i * num_samples : (i + 1) * num_samples] for i, number in enumerate(numbers)}
+    return [completion for number in sorted(found) for completion in found[number]]
 
 
 def constraint_of(config: Generate) -> Constraint | None:
@@ -134,7 +193,9 @@ def read_prompts(config: Generate) -> list[str | ChatPrompt]:
     return prompts
 
 
-def _messages(prompt: ChatPrompt) -> Prompt:
+def _as_given(prompt: str | ChatPrompt) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt
     system = [{"role": "system", "content": prompt.system}] if prompt.system else []
     return [*system, {"role": "user", "content": prompt.user}]
 
@@ -189,12 +250,13 @@ def check_output(path: str | None) -> None:
 
 
 def write_texts(path: Path, prompts: list[str | ChatPrompt], completions: list[Completion], num_samples: int) -> None:
-    """One row {prompt, text} a completion (and the system message, where there is one)."""
+    """One row {prompt, text} a completion (and the system message, and log-probabilities, where there are any)."""
     rows = []
     for index, completion in enumerate(completions):
         prompt = prompts[index // num_samples]
         row = {"prompt": prompt.user, "system": prompt.system} if isinstance(prompt, ChatPrompt) else {"prompt": prompt}
-        rows.append({name: value for name, value in (row | {"text": completion.text}).items() if value is not None})
+        row |= {"text": completion.text, "log_probs": completion.log_probs}
+        rows.append({name: value for name, value in row.items() if value is not None})
     try:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:

@@ -33,6 +33,7 @@ from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
+from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.training.preflight import (
     check_plain,
     check_trainable,
@@ -176,7 +177,7 @@ def construct_model(
     """
     if config.dtype == "bf16" and not supports_bf16(mesh.device):
         raise UserError(f"{mesh.device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
-    check_trainable(source.hf_config, source.name)
+    check_trainable(config, source.hf_config)
     lora = config.weights if isinstance(config.weights, LoRAWeights) else None
     dtype = DTYPES[config.dtype] if lora else trained_dtype(config)
     rows = source.family.read_config(source.hf_config).vocab_size
@@ -185,6 +186,8 @@ def construct_model(
     hf_config = {**source.hf_config, "vocab_size": tokenizer.vocab_size} if grows else source.hf_config
     with torch.device("meta"), default_dtype(dtype):
         model = build(hf_config, source.family, source.family.read_config(hf_config))
+    if source.folder is not None:
+        prepare_quantized(model, source.folder)
     if lora:
         _apply(model, lora, resume_from)
     if config.qat:
@@ -277,6 +280,7 @@ def load_model(
     adapter: str | Path | None = None,
     base: str | Path | None = None,
     quantize_base: bool = False,
+    mesh: Mesh | None = None,
 ) -> CausalLM:
     """A model to compute with, from a folder or a Hub id; the folder of a PEFT adapter brings its base.
 
@@ -287,12 +291,19 @@ def load_model(
         adapter: a PEFT adapter to put on the model.
         base: the adapter's base, where it is not the one that adapter_config.json names.
         quantize_base: hold the matrices in 4-bit NormalFloat.
+        mesh: where its axis tp has several ranks, each holds its part of every matrix.
 
     Returns the module in evaluation mode under Hugging Face's parameter names; its parameters ask for no gradient.
     Raises UserError for a folder that is no model, lacks files, or does not fit.
     """
     found = _construct(path, dtype, adapter, base, quantize_base)
     model, place = found.model, pick_device(str(device))
+    if mesh is not None and mesh.size("tp") > 1:
+        if model.hf_config.get("quantization_config"):
+            raise UserError(
+                f"{path} is quantized, and such a model is not spread over ranks: leave `tensor_parallel_dim` at 1"
+            )
+        apply_tensor_parallel(model, model.family.tp_plan, mesh, sequence_parallel=False)
     load_weights(model, found.folder, model.family, device=place, without=found.brought)
     _add_adapter(found, place)
     return model.requires_grad_(False).eval()
@@ -346,10 +357,12 @@ def _construct(
     with torch.device("meta"), default_dtype(wanted):
         model = build(hf_config, family, decoder_config)
     prepare_quantized(model, folder)
-    if hf_config.get("quantization_config") and (adapter is not None or quantize_base):
-        raise UserError(
-            f"{path} is quantized: neither `quantize_base` nor an adapter goes with it; take the model it was made from"
-        )
+    if content := hf_config.get("quantization_config"):
+        takes_adapters = Scheme.of_config(content).type == "nf4"
+        if quantize_base or (adapter is not None and not takes_adapters):
+            raise UserError(
+                f"{path} is quantized: neither `quantize_base` nor (but for NF4) an adapter goes with it; take the model it was made from"
+            )
     if adapter_folder is not None:
         if warning := warn_of_another_base(adapter_folder, str(path)):
             logger.warning("%s", warning)

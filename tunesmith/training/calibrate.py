@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,38 +53,43 @@ def calibrate(model: CausalLM, samples: Tensor, scheme: Scheme) -> dict[str, tup
     hidden = [decoder.embed(ids.to(device)).cpu() for ids in batches]
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with _kept(model, quantizable_layers(model, scheme)) as layers:
-        for number, block in decoder.layers.items():
+        for number, block in decoder.layers.named_children():
             inside = {name: layer for name, layer in layers.items() if name.startswith(f"model.layers.{number}.")}
             with _watched(inside) as hessians:
-                _through(model, block, batches, hidden)
+                for _ in _through(model, block, batches, hidden):
+                    pass
             for name, layer in inside.items():
                 plain = merged_linear(layer)
                 quantized = gptq(plain.weight, hessians.pop(name).sum, scheme)
                 replace_module(model, name, quantize_layer(plain, scheme, quantized))
                 found[name] = (quantized[0].cpu(), quantized[1].cpu())
-            hidden = _through(model, block, batches, hidden)
+            hidden = list(_through(model, block, batches, hidden))
     return found
 
 
-def _through(model: CausalLM, block: nn.Module, batches: Sequence[Tensor], hidden: Sequence[Tensor]) -> list[Tensor]:
+def _through(
+    model: CausalLM, block: nn.Module, batches: Sequence[Tensor], hidden: Sequence[Tensor]
+) -> Iterator[Tensor]:
     """The hidden states (B, T, D) of all batches behind one layer."""
     device = model.model.device
-    return [block(x.to(device), model.sight(ids.to(device), None, None, None)).cpu() for ids, x in zip(batches, hidden)]
+    for ids, x in zip(batches, hidden):
+        yield block(x.to(device), model.sight(ids.to(device), None, None, None)).cpu()
 
 
 @contextmanager
 def _watched(layers: dict[str, nn.Linear]) -> Iterator[dict[str, Hessian]]:
     """Within it what the layers are given is summed up."""
     sums = {name: Hessian(layer.in_features, layer.weight.device) for name, layer in layers.items()}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: sums[name].add(inputs[0]))
-        for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(partial(_add, sums[name])) for name, layer in layers.items()]
     try:
         yield sums
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _add(hessian: Hessian, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    hessian.add(inputs[0])
 
 
 @contextmanager

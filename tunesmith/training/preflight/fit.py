@@ -13,7 +13,7 @@ from tunesmith.configs.layout import Layout
 from tunesmith.configs.stages import stage_layers
 from tunesmith.errors import UserError
 from tunesmith.hub import follow_latest, read_json
-from tunesmith.nn.scheme import INTEGER_TYPES
+from tunesmith.nn.scheme import INTEGER_TYPES, Scheme
 from tunesmith.training.preflight.files import not_a_folder, option_of
 
 if TYPE_CHECKING:
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 
 def fit_problems(config: Any, notes: list[str]) -> Iterator[str]:
-    """What the numbers in config.json decide for a run that trains."""
+    """What the numbers in config.json decide for a run that trains, or spreads a model over ranks."""
     if not hasattr(config, "weights"):
+        if getattr(config, "tensor_parallel_dim", 1) > 1 and (found := shape_of(config)) is not None:
+            yield from Layout.of(config).problems(found[1], quantized=config.quantize_base)
         return
     from tunesmith.nn.targets import choose_layers
 
@@ -30,7 +32,7 @@ def fit_problems(config: Any, notes: list[str]) -> Iterator[str]:
         if (found := shape_of(config)) is None:
             return
         family, shape = found
-        check_trainable(_config_json(config), config.model)
+        check_trainable(config, _config_json(config))
         yield from layout_problems(config, shape)
         yield from group_problems(config, family, shape)
         if config.weights.type == "lora" and config.weights.adapter is None:
@@ -138,10 +140,19 @@ def _largest_divisor(number: int, most: int) -> int:
     return max(size for size in range(1, min(number, most) + 1) if number % size == 0)
 
 
-def check_trainable(hf_config: dict[str, Any], model: str) -> None:
-    """Raise UserError where the weights are quantized: what was rounded can't take small steps."""
-    if hf_config.get("quantization_config"):
-        raise UserError(f"{model} is quantized, and can't be trained: name the model it was made from")
+def check_trainable(config: Any, hf_config: dict[str, Any]) -> None:
+    """Raise UserError where the weights are quantized: what was rounded can't take small steps. Adapters on NF4 weights can."""
+    content = hf_config.get("quantization_config")
+    if not content:
+        return
+    if Scheme.of_config(content).type != "nf4" or config.weights.type != "lora":
+        more = "" if config.weights.type == "lora" else "; of models in NF4, adapters can be (`weights.type: lora`)"
+        raise UserError(f"{config.model} is quantized, and can't be trained: name the model it was made from{more}")
+    if config.qat is not None or config.tensor_parallel_dim > 1:
+        raise UserError(
+            f"{config.model} is quantized: adapters on it go neither with `qat` nor with `tensor_parallel_dim` above 1; name the model it "
+            "was made from"
+        )
 
 
 def _config_json(config: Any) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.configs.evaluate import Evaluate
 from tunesmith.configs.export import Export
-from tunesmith.configs.generate import Generate
 from tunesmith.configs.layout import Layout, rows_problem
 from tunesmith.configs.quantize import Quantize
-from tunesmith.configs.shared import TOO_EARLY
+from tunesmith.configs.shared import TOO_EARLY, TrainSettings
 from tunesmith.configs.stages import micro_batch_problems
 from tunesmith.errors import UserError
 from tunesmith.remote import is_remote, missing_package, working_folder
@@ -67,8 +66,8 @@ def process_problems(config: Any, processes: int | None) -> Iterator[str]:
     """What the number of processes decides, as far as it is known."""
     known = int(os.environ.get("WORLD_SIZE") or 0) if processes is None else processes
     if not hasattr(config, "tensor_parallel_dim"):
-        if (known > 1 or processes == 0) and isinstance(config, (Generate, Export, Quantize)):
-            yield "`generate`, `quantize` and `export` run in one process: leave the launch options out"
+        if (known > 1 or processes == 0) and isinstance(config, (Export, Quantize)):
+            yield "`quantize` and `export` run in one process: leave the launch options out"
         return
     if known:
         try:
@@ -76,9 +75,12 @@ def process_problems(config: Any, processes: int | None) -> Iterator[str]:
         except UserError as error:
             yield str(error)
             return
-    elif processes is None:  # as many as the layout names, else one: the one that reads this
+    elif processes is None and isinstance(config, TrainSettings):
+        # As many as the layout names, else one: the one that reads this.
         replicas, shards = config.data_parallel_replicate_dim, max(1, config.data_parallel_shard_dim)
     else:
+        return
+    if not isinstance(config, TrainSettings):
         return
     if config.data_parallel_shard_dim == -1 and shards > 1:
         yield from _adafactor_problem(
@@ -107,7 +109,7 @@ def _adafactor_problem(config: Any, cut_by: str) -> Iterator[str]:
 
 def layout_option_problems(config: Any, notes: list[str]) -> Iterator[str]:
     """What of the layout the options alone tell."""
-    if not hasattr(config, "tensor_parallel_dim"):
+    if not hasattr(config, "sequence_parallel"):
         return
     if problem := Layout.of(config).length_problem(config.tokenizer.max_seq_len, config.sequence_parallel):
         yield problem
