@@ -23,6 +23,11 @@ from tunesmith.configs.shared import AdamW, Cosine, LoRAWeights
             lambda: Export(model="m", output_dir="o", max_shard_size="big"),
             "`max_shard_size` must be a size such as 500MB",
         ),
+        (
+            lambda: Export(model="m", output_dir="o", format="gguf", dtype="bf16"),
+            "not for gguf: leave it out",
+        ),
+        (lambda: Export(model="m", output_dir="o", tolerance=0.0), "`tolerance` must be above 0, got 0.0"),
     ],
 )
 def test_rule(make, said):

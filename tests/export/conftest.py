@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -52,13 +51,13 @@ def gpt2(folder: Path) -> Path:
     return byte_level(folder, [pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-def sentencepiece_bpe(folder: Path, size: int = 360) -> Path:
+def sentencepiece_bpe(folder: Path, size: int = 360, **options) -> Path:
     """A sentencepiece BPE with bytes to fall back on, as Llama 2's and Mistral's are."""
     (folder / "text").write_text("\n".join(SENTENCES * 4))
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=size, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-        hard_vocab_limit=False,
+        hard_vocab_limit=False, **options,
     )  # fmt: skip
     for name in ("text", "tokenizer.vocab"):
         (folder / name).unlink()
@@ -77,8 +76,3 @@ def repository(folder: Path, case: str, tokenizer=gpt2, **more) -> Path:
 
 def run(model: Path, output: Path, **options) -> None:
     export.main(Export(model=str(model), output_dir=str(output), device="cpu", **options))
-
-
-@pytest.fixture
-def llama_cpp():
-    return pytest.importorskip("llama_cpp")

@@ -12,10 +12,17 @@ from transformers import AutoModelForCausalLM
 from tests.export.conftest import repository, run
 from tests.recipes.test_export import make_adapter
 from tunesmith.errors import UserError
+from tunesmith.export import adapter
 from tunesmith.training.build import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.tensor([[1, 70, 33, 80, 5, 9, 200]])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the process in which peft reads the tensors: to import it takes seconds, and here it computes with them anyway."""
+    monkeypatch.setattr(adapter, "_read_by_peft", lambda *_: 0.0)
 
 
 def difference(folder, base) -> float:
@@ -29,10 +36,11 @@ def difference(folder, base) -> float:
 @pytest.mark.parametrize(
     "kind", [dict(), dict(use_dora=True), dict(use_rslora=True, rank=4), dict(target_modules=["q_proj", "lm_head"])]
 )
-def test_our_adapters(tmp_path, capsys, kind):
+def test_our_adapters(tmp_path, capsys, request, kind):
+    if kind:
+        request.getfixturevalue("quick")
     base = repository(tmp_path / "base", "llama")
-    adapter = make_adapter(base, tmp_path / "adapter", **kind)
-    run(adapter, tmp_path / "out", format="adapter")
+    run(make_adapter(base, tmp_path / "adapter", **kind), tmp_path / "out", format="adapter")
     assert difference(tmp_path / "out", base) < 1e-5
     printed = capsys.readouterr().out
     assert "read back by tunesmith: largest difference of the logits" in printed
@@ -44,7 +52,7 @@ def test_our_adapters(tmp_path, capsys, kind):
     )
 
 
-def test_an_adapter_of_peft(tmp_path):
+def test_an_adapter_of_peft(tmp_path, quick):
     """Ranks and alphas of single layers stay, and so does the tokenizer that lies beside it."""
     base = repository(tmp_path / "base", "llama")
     model = get_peft_model(
@@ -60,7 +68,7 @@ def test_an_adapter_of_peft(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
 
-def test_number_type(tmp_path):
+def test_number_type(tmp_path, quick):
     base = repository(tmp_path / "base", "llama")
     run(make_adapter(base, tmp_path / "adapter"), tmp_path / "out", format="adapter", dtype="bf16")
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {

@@ -23,6 +23,7 @@ from tunesmith.export.gguf.tokenizer import add_tokenizer, read_vocabulary
 from tunesmith.export.source import find_source
 from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.sampling import Sampling
+from tunesmith.nn.scheme import Scheme
 from tunesmith.training.build import load_model
 
 REFUSED = {
@@ -213,6 +214,23 @@ def test_published_tokenizers(assets, tmp_path, file, rule):
         assert theirs.tokenize(text.encode(), add_bos=True, special=False) == tokenizer.encode(text), text
 
 
+def test_chats_that_llama_cpp_cuts_otherwise(tmp_path, capsys):
+    """It puts a space behind every special token, where sentencepiece models put one in front of the text alone."""
+    folder = repository(
+        tmp_path / "model", "mistral", lambda folder: sentencepiece_bpe(folder, user_defined_symbols="[INST],[/INST]")
+    )
+    template = "{{ bos_token }}{% for message in messages %}[INST]{{ message.content }}[/INST]{% endfor %}"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    _, said = export(folder, tmp_path / "out")
+    assert said["tokenizer.chat_template"] == template
+    pytest.importorskip("llama_cpp")
+    printed = capsys.readouterr().out
+    assert (
+        "cuts 4 texts into the same tokens" in printed and "cuts a chat into other tokens than the tokenizer" in printed
+    )
+
+
 def test_adapters_are_merged(tmp_path):
     folder = repository(tmp_path / "model", "llama")
     adapter = make_adapter(folder, tmp_path / "adapter", use_dora=True)
@@ -235,7 +253,7 @@ def test_adapters_alone(tmp_path, case, kind):
     [lora] = (tmp_path / "lora").iterdir()
     pytest.importorskip("llama_cpp")
     ids = [1, 70, 33, 80, 5, 9]
-    _, theirs = ask(base, (), ids, ROWS, lora=lora)
+    _, theirs = ask(base, [], ids, ROWS, lora=lora)
     ours, plain = load_model(adapter).logits(torch.tensor([ids]))[0], load_model(folder).logits(torch.tensor([ids]))[0]
     assert (ours - plain).abs().max() > 0.05 * ours.abs().max()
     torch.testing.assert_close(theirs, ours.float(), rtol=0, atol=1e-4 * ours.abs().max().item())
@@ -257,7 +275,7 @@ def test_adapters_that_llama_cpp_has_no_place_for(tmp_path):
     export(adapter, tmp_path / "out")  # merged, the output layer is one of its own
 
 
-def test_mistakes(tmp_path):
+def test_mistakes(tmp_path, monkeypatch):
     folder = repository(tmp_path / "model", "llama")
     with pytest.raises(UserError, match="the weights differ from the model's by .* of the largest, more than 1e-05"):
         export(folder, tmp_path / "out", "q8_0", tolerance=1e-5)
@@ -278,7 +296,24 @@ def test_mistakes(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
     with pytest.raises(UserError, match="is a reward model or classifier"):
         export(folder, tmp_path / "out")
+    quantized = {"architectures": ["LlamaForCausalLM"], "quantization_config": Scheme("int4_weight_only").to_config([])}
+    (folder / "config.json").write_text(json.dumps(config | quantized))
+    with pytest.raises(UserError, match="is quantized and can't be exported as GGUF"):
+        export(folder, tmp_path / "out")
+    monkeypatch.delitem(ARCHITECTURES, "llama")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="GGUF has no architecture for llama"):
+        export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial"))
+
+
+def test_without_llama_cpp(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    export(repository(tmp_path / "model", "llama"), tmp_path / "out")
+    assert (
+        "llama.cpp's binding is not installed, so the file was not run: pip install 'tunesmith[llama]'"
+        in capsys.readouterr().out
+    )
 
 
 def test_real_model(assets, tmp_path, capsys):

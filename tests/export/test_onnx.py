@@ -6,9 +6,10 @@ import torch
 
 from tests.export.greedy import FAMILIES, PROMPT, STEPS, expected_tokens, export_to, program_tokens, save_model
 from tunesmith.configs.export import ProgramFile
+from tunesmith.export import onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
-FAST = ("gemma2",)
+FAST = ("qwen3",)
 
 
 class Session:
@@ -70,6 +71,17 @@ def test_half_precision(tmp_path):
     assert facts["outputs"][0]["dtype"] == "float16"
 
 
+@pytest.mark.slow
+def test_weights_beside_the_model(tmp_path, monkeypatch):
+    """As for those that are more than a protocol buffer holds."""
+    monkeypatch.setattr(onnx, "LARGEST_FILE", 1000)
+    model = save_model("llama", tmp_path / "model")
+    session = Session(tmp_path / "out", export_to(tmp_path / "out", model, "onnx"))
+    assert (tmp_path / "out" / "model.onnx.data").stat().st_size > 1e5
+    assert program_tokens(session) == expected_tokens(model)
+
+
+@pytest.mark.slow
 def test_real_model(assets, tmp_path):
     model, prompt = assets / "models" / "stories260K", [1, 403, 407, 261, 378]
     session = Session(tmp_path / "out", export_to(tmp_path / "out", model, "onnx"))

@@ -6,7 +6,9 @@ import re
 import sys
 
 import pytest
+import torch
 
+import tunesmith
 from tunesmith.configs.generate import Generate, Prompt, Speculative
 from tunesmith.configs.shared import TokenizerConfig
 from tunesmith.errors import UserError
@@ -144,6 +146,51 @@ def test_mistakes_are_told(tiny_model, options, message):
         main(config_of(tiny_model, **options))
 
 
+def test_guessing_ahead_writes_the_same(capsys, tiny_model, tmp_path):
+    texts = []
+    for number, section in enumerate(({}, {"prompt_lookup": True}, {"draft_model": str(tiny_model), "num_tokens": 3})):
+        file = tmp_path / f"{number}.jsonl"
+        options = {"prompt": ["the quick the quick the", "a"], "chat": False, "max_new_tokens": 20}
+        run(capsys, tiny_model, speculative=Speculative(**section), output_file=str(file), log_probs=True, **options)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        texts.append([(row["text"], len(row["log_probs"])) for row in rows])
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_exact_log_probabilities_are_written(capsys, tiny_model, tmp_path):
+    rows = {}
+    for name in ("log_probs", "exact_logprobs"):
+        file = tmp_path / f"{name}.jsonl"
+        run(capsys, tiny_model, prompt="the quick", chat=False, output_file=str(file), **{name: True})
+        rows[name] = json.loads(file.read_text())["log_probs"]
+    assert rows["exact_logprobs"] == pytest.approx(rows["log_probs"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"log_probs": True}, "`log_probs` are written into `output_file`: name one"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"cache_tokens": 0}, "`cache_tokens` must be at least 1"),
+    ],
+)
+def test_impossible_options(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(tiny_model, **options)
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"prompt_lookup": True, "draft_model": "x"}, "`prompt_lookup` and `draft_model` can't be combined"),
+        ({"num_tokens": 3}, "`num_tokens` needs `prompt_lookup` or a `draft_model`"),
+    ],
+)
+def test_impossible_guessing(section, message):
+    with pytest.raises(ValueError, match=message):
+        Speculative(**section)
+
+
 FORMS = [
     ({"regex": "[ab]{3}-[0-9]"}, "[ab]{3}-[0-9]"),
     ({"json_schema": {"type": "array", "items": {"const": 7}, "minItems": 2, "maxItems": 2}}, r"\[\s*7\s*,\s*7\s*\]"),
@@ -194,46 +241,42 @@ def test_forms_are_options_of_the_command_line():
         load_config("generate", "model=m", "json_schema={}", "regex=a")
 
 
-def test_guessing_ahead_writes_the_same(capsys, tiny_model, tmp_path):
-    texts = []
-    for number, section in enumerate(({}, {"prompt_lookup": True}, {"draft_model": str(tiny_model), "num_tokens": 3})):
-        file = tmp_path / f"{number}.jsonl"
-        options = {"prompt": ["the quick the quick the", "a"], "chat": False, "max_new_tokens": 20}
-        run(capsys, tiny_model, speculative=Speculative(**section), output_file=str(file), log_probs=True, **options)
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        texts.append([(row["text"], len(row["log_probs"])) for row in rows])
-    assert texts[0] == texts[1] == texts[2]
+def test_a_search_finds_likelier_texts_than_greedy(capsys, assets, tmp_path):
+    folder, file = assets / "models" / "stories260K", tmp_path / "texts.jsonl"
+    options = {"prompt": ["Once upon a time, there was", "Lily"], "max_new_tokens": 12, "output_file": str(file)}
+    run(capsys, folder, num_beams=4, num_samples=2, **options)
+    found = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert len(set(found)) == 4
+    run(capsys, folder, **options)
+    greedy = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    model, tokenizer = tunesmith.load_model(folder), tunesmith.load_tokenizer(folder)
+
+    def score(prompt, text):
+        ids, start = tokenizer.encode(prompt + text), len(tokenizer.encode(prompt))
+        log_probs = model.logits(torch.tensor([ids])).log_softmax(-1)[0]
+        return log_probs[torch.arange(start - 1, len(ids) - 1), ids[start:]].mean().item()
+
+    for place, prompt in enumerate(options["prompt"]):
+        assert score(prompt, found[2 * place]) > score(prompt, found[2 * place + 1])
+        assert score(prompt, found[2 * place]) >= score(prompt, greedy[place])
 
 
-def test_exact_log_probabilities_are_written(capsys, tiny_model, tmp_path):
-    rows = {}
-    for name in ("log_probs", "exact_logprobs"):
-        file = tmp_path / f"{name}.jsonl"
-        run(capsys, tiny_model, prompt="the quick", chat=False, output_file=str(file), **{name: True})
-        rows[name] = json.loads(file.read_text())["log_probs"]
-    assert rows["exact_logprobs"] == pytest.approx(rows["log_probs"], abs=1e-5)
+def test_what_a_search_is_not_for_is_told():
+    from tunesmith.config import load_config
 
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"log_probs": True}, "`log_probs` are written into `output_file`: name one"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"cache_tokens": 0}, "`cache_tokens` must be at least 1"),
-    ],
-)
-def test_impossible_options(tiny_model, options, message):
-    with pytest.raises(ValueError, match=message):
-        config_of(tiny_model, **options)
-
-
-@pytest.mark.parametrize(
-    "section, message",
-    [
-        ({"prompt_lookup": True, "draft_model": "x"}, "`prompt_lookup` and `draft_model` can't be combined"),
-        ({"num_tokens": 3}, "`num_tokens` needs `prompt_lookup` or a `draft_model`"),
-    ],
-)
-def test_impossible_guessing(section, message):
-    with pytest.raises(ValueError, match=message):
-        Speculative(**section)
+    with pytest.raises(UserError) as raised:
+        load_config(
+            "generate", "model=m", "num_beams=2", "num_samples=3", "stop=[x]", "regex=a", "early_stopping=always"
+        )
+    for words in (
+        "set `temperature: 0`",
+        "not `num_samples: 3`",
+        "with `stop`",
+        "with `regex`",
+        "`early_stopping` should be",
+    ):
+        assert words in str(raised.value)
+    config = load_config(
+        "generate", "model=m", "num_beams=2", "temperature=0", "early_stopping=never", "length_penalty=-1"
+    )
+    assert (config.early_stopping, config.length_penalty) == ("never", -1.0)

@@ -74,7 +74,7 @@ class Export(RunSettings):
         yield from super().problems()
         for option, formats in OPTIONS.items():
             if getattr(self, option) is not None and self.format not in formats:
-                yield f"`{option}` is for `format: {' or '.join(formats)}`, not for {self.format}: leave it out"
+                yield f"`{option}` is for `format: {', '.join(formats)}`, not for {self.format}: leave it out"
         yield from self._program_problems()
         size = self.max_shard_size
         if size is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", size, re.IGNORECASE):

@@ -64,7 +64,9 @@ RECIPES = {
             "Quantization: round a trained model to 8 or 4 bits, for transformers and tunesmith.",
         ),
         _recipe(
-            "export", "Export", "Export: a model for other programs: merged, as an adapter, as GGUF for llama.cpp."
+            "export",
+            "Export",
+            "Export: a model for other programs: merged, in another number type, as an adapter, as GGUF, as a program.",
         ),
     )
 }

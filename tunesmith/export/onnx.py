@@ -23,6 +23,8 @@ from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.attention import Attention
 
 FILE = "model.onnx"
+LARGEST_FILE = 1 << 30
+"""Bytes of weights in it; a protocol buffer holds twice as many, no more, so those of larger models go into model.onnx.data."""
 
 
 def export_onnx(source: Source, folder: Path, config: Export) -> Exported:
@@ -110,7 +112,7 @@ def write(model: CausalLM, path: Path) -> None:
             dynamic_shapes=shapes,
             input_names=["input_ids", "attention_mask", "position_ids", *_names("past_key_values", model)],
             output_names=["logits", *_names("present", model)],
-            external_data=False,
+            external_data=sum(one.nbytes for one in program.state_dict().values()) > LARGEST_FILE,
             verbose=False,
         )
 

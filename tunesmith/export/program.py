@@ -68,7 +68,7 @@ class Program(nn.Module):
         self.share = model.config.num_attention_heads // model.config.num_key_value_heads
         self.decoder, self.head = model.model.stage((), is_first=True, is_last=True), model.head
         self.layers = nn.ModuleList(
-            with_attention(layer, StaticAttention(layer.self_attn, max_length, model.model.compute_dtype, self.attend))
+            with_attention(layer, StaticAttention(layer.self_attn, max_length, model.model.compute_dtype, self.attend))  # type: ignore[arg-type]
             for layer in model.model.layers.values()
         )
         self.rotations = Rotations(model, max_length)

@@ -25,13 +25,13 @@ class Check:
         if not self.difference <= self.tolerance:  # also where it is no number
             raise UserError(
                 f"{self.consumer}: the {self.compared} differ from the model's by {self.difference:.2e} of the largest, more than "
-                f"{self.tolerance:.0e}: nothing was written; if `tolerance` is not too small for the number type, report it"
+                f"{self.tolerance:.2g}: nothing was written; if `tolerance` is not too small for the number type, report it"
             )
 
     def __str__(self) -> str:
         return (
             f"read back by {self.consumer}: largest difference of the {self.compared} {self.difference:.1e} of the largest "
-            f"(tolerance {self.tolerance:.0e})"
+            f"(tolerance {self.tolerance:.2g})"
         )
 
 

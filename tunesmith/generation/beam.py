@@ -5,7 +5,7 @@ N beams of a prompt, V vocabulary, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,12 +52,14 @@ def search_completions(
     stop_ids: Collection[int] | None = None,
     batch_size: int = 8,
     chat: bool | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Completion]:
     """The best num_samples (at most num_beams) texts after each prompt, the best first.
 
     Args:
         stop_ids: tokens that end a text; None: the tokenizer's.
         batch_size: beams that the model reads at a time; one prompt's are always together.
+        agree: given what was found here, what all ranks take that search the same together, as in Engine.
 
     Raises UserError like generate_completions.
     """
@@ -68,7 +70,7 @@ def search_completions(
     together = max(1, batch_size // beams.num_beams)
     with generating(model):
         for start in range(0, len(searches), together):
-            _Searching(model, searches[start : start + together]).run()
+            _Searching(model, searches[start : start + together], agree or (lambda found: found)).run()
     best = [(search, ids) for search in searches for _, ids in search.finished[:num_samples]]
     return [_completion(tokenizer, search.prompt, ids, ends) for search, ids in best]
 
@@ -94,14 +96,15 @@ class _Search:
     """(score, tokens) from high to low."""
     is_over: bool = False
 
-    def take(self, log_probs: Tensor) -> list[int]:
+    def take(self, log_probs: Tensor, agree: Callable[[Tensor], Tensor]) -> list[int]:
         """Go on by one token, given the log-probabilities (N, V) of the next; for each beam that goes on, which one it comes from."""
         width, length = self.beams.num_beams, len(self.going[0][1]) + 1
         sums = torch.tensor([one for one, _ in self.going], device=log_probs.device)[:, None] + log_probs
         # So many that enough of them go on, whatever ends.
         count = min(max(2, 1 + len(self.ends)) * width, sums.numel())
-        values, places = (part.tolist() for part in sums.flatten().topk(count))
-        found = [(value, *divmod(place, log_probs.shape[-1])) for value, place in zip(values, places)]
+        values, places = sums.flatten().topk(count)
+        places = agree(places).tolist()
+        found = [(value, *divmod(place, log_probs.shape[-1])) for value, place in zip(agree(values).tolist(), places)]
         complete = [token in self.ends or length == self.room for _, _, token in found]
         self._finish([one for one, ends in zip(found[:width], complete) if ends], length)
         goes_on = [one for one, ends in zip(found, complete) if not ends][:width]
@@ -131,8 +134,8 @@ class _Search:
 class _Searching:
     """Brings the beams of some searches through the model, all of them in one pass a token."""
 
-    def __init__(self, model: CausalLM, searches: list[_Search]):
-        self.model, self.searches = model, searches
+    def __init__(self, model: CausalLM, searches: list[_Search], agree: Callable[[Tensor], Tensor]):
+        self.model, self.searches, self.agree = model, searches, agree
         self.reader = Reader(model, BLOCK_SIZE * sum(self._blocks(search) for search in searches))
         self.memories = [[Memory(list(search.prompt))] for search in searches]
 
@@ -149,7 +152,7 @@ class _Searching:
             start = 0
             for number in going:
                 end = start + len(self.memories[number])
-                self._follow(number, self.searches[number].take(log_probs[start:end]))
+                self._follow(number, self.searches[number].take(log_probs[start:end], self.agree))
                 start = end
 
     def _read(self, memories: list[Memory]) -> Tensor:

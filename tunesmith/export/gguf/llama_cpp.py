@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,25 +52,42 @@ def check_file(
     if importlib.util.find_spec("llama_cpp") is None:
         return [], ["llama.cpp's binding is not installed, so the file was not run: pip install 'tunesmith[llama]'"]
     ids = probe_ids(source.config.vocab_size)[0, :context].tolist()
-    tokens, theirs = ask(path, TEXTS, ids, source.config.vocab_size)
-    for text, own in zip(TEXTS, tokens, strict=True):
+    asked = [(text, True) for text in TEXTS]
+    chat = rendered_chat(tokenizer)
+    tokens, theirs = ask(path, [*asked, (chat, False)], ids, source.config.vocab_size)
+    for text, own in zip(TEXTS, tokens):
         ours = tokenizer.encode(text)
         if own != ours:
             raise UserError(
                 f"llama.cpp cuts {text!r} into other tokens than the tokenizer ({own} instead of {ours}): nothing was written; report it"
             )
+    notes = [f"llama.cpp cuts {len(TEXTS)} texts into the same tokens"]
+    if tokens[-1] != tokenizer.encode(chat, add_special_tokens=False):
+        notes.append(
+            "llama.cpp cuts a chat into other tokens than the tokenizer: it puts a space between a special token and text"
+        )
     ours = probe_logits(model_of(source, placed, stored))[0, :context]
     difference = ((theirs - ours).abs().max() / ours.abs().max().clamp_min(1e-30)).item()
     allowed = tolerance or TOLERANCES.get(type, QUANTIZED_TOLERANCE)
-    return [Check("llama.cpp", "logits", difference, allowed)], [
-        f"llama.cpp cuts {len(TEXTS)} texts into the same tokens"
-    ]
+    return [Check("llama.cpp", "logits", difference, allowed)], notes
+
+
+def rendered_chat(tokenizer: Tokenizer) -> str:
+    """A short conversation as text, as the chat template writes it; empty where there is none."""
+    if tokenizer.chat_template is None:
+        return ""
+    return tokenizer.render_chat([{"role": "user", "content": "Hello, who are you?"}], add_generation_prompt=True)
 
 
 def ask(
-    path: Path, texts: tuple[str, ...], ids: list[int], vocab_size: int, n_ctx: int = 64, lora: Path | None = None
+    path: Path,
+    texts: Sequence[tuple[str, bool]],
+    ids: list[int],
+    vocab_size: int,
+    n_ctx: int = 64,
+    lora: Path | None = None,
 ) -> tuple[list[list[int]], Tensor]:
-    """What llama.cpp says to the file at `path`: the tokens of `texts`, and the logits (T, V) of `ids`."""
+    """What llama.cpp says to the file at `path`: the tokens of each of `texts` (text, whether bos goes in front), and the logits (T, V) of `ids`."""
     asked = {"path": str(path), "texts": texts, "ids": ids, "n_ctx": n_ctx, "lora": str(lora) if lora else None}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"

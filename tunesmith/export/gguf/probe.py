@@ -1,6 +1,6 @@
 """What llama.cpp makes of a GGUF file, computed in a process of its own: it ends the process where it finds something wrong in a file.
 
-Reads {path, texts, ids, n_ctx, lora} as JSON from standard input; writes {tokens: [[…], …], logits: base64 of float32 (T, V)} to the file in argv[1].
+Reads {path, texts: [[text, whether bos goes in front], …], ids, n_ctx, lora} as JSON from standard input; writes {tokens: [[…], …], logits: base64 of float32 (T, V)} to the file in argv[1].
 Imports neither torch nor the rest of tunesmith.
 """
 
@@ -27,7 +27,7 @@ def main() -> None:
         lora_path=asked.get("lora"),
         verbose=True,
     )
-    tokens = [model.tokenize(text.encode(), add_bos=True, special=True) for text in asked["texts"]]
+    tokens = [model.tokenize(text.encode(), add_bos=bos, special=True) for text, bos in asked["texts"]]
     model.eval(asked["ids"])
     logits = np.array(model.scores[: len(asked["ids"])], dtype=np.float32)
     with open(sys.argv[1], "w") as file:

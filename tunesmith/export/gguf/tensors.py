@@ -6,6 +6,7 @@ O outputs, I inputs, H heads, K head size.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def write_tensors(
     wanted: str,
     factors: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """Write what `writer` has been told, then each parameter as its turn comes; matrices in the number type `wanted`.
+    """Write what `writer` has been told, then each parameter as its turn comes, and force it to the disk; matrices in the number type `wanted`.
 
     factors: further tensors of float32, {name: values}, which come first. Raises UserError for a full disk.
     """
@@ -170,6 +171,8 @@ def write_tensors(
                 writer.write_tensor_data(values)
             for one, make in made:
                 writer.write_tensor_data(rounded(one.there(make().cpu().float()), type_of(one, wanted)))
+            writer.flush()
+            os.fsync(writer.fout[0].fileno())
         finally:
             writer.close()
 

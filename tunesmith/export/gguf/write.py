@@ -110,6 +110,10 @@ def _notes(source: Source, plan: Plan, placed: list[Placed]) -> list[str]:
         notes.append(
             f"the file says that the context is {length} tokens: {reason}, so that beyond them it would compute something else"
         )
+    if plan.tokenizer.eos_id is None:
+        notes.append(
+            "the tokenizer has no token that ends a text, and llama.cpp takes one by its number: set `eos_token` in tokenizer_config.json"
+        )
     if source.config.rope.kind == "longrope":
         original = source.config.rope.original_max_position_embeddings
         notes.append(
