@@ -6,7 +6,9 @@ import re
 import sys
 
 import pytest
+import torch
 
+import tunesmith
 from tunesmith.configs.generate import Generate, Prompt, Speculative
 from tunesmith.configs.shared import TokenizerConfig
 from tunesmith.errors import UserError
@@ -237,3 +239,44 @@ def test_forms_are_options_of_the_command_line():
     assert load_config("generate", "model=m", r"regex=[ab]{3}\d: x").regex == r"[ab]{3}\d: x"
     with pytest.raises(UserError, match="`json_schema` and `regex` can't be combined: leave one of them out"):
         load_config("generate", "model=m", "json_schema={}", "regex=a")
+
+
+def test_a_search_finds_likelier_texts_than_greedy(capsys, assets, tmp_path):
+    folder, file = assets / "models" / "stories260K", tmp_path / "texts.jsonl"
+    options = {"prompt": ["Once upon a time, there was", "Lily"], "max_new_tokens": 12, "output_file": str(file)}
+    run(capsys, folder, num_beams=4, num_samples=2, **options)
+    found = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert len(set(found)) == 4
+    run(capsys, folder, **options)
+    greedy = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    model, tokenizer = tunesmith.load_model(folder), tunesmith.load_tokenizer(folder)
+
+    def score(prompt, text):
+        ids, start = tokenizer.encode(prompt + text), len(tokenizer.encode(prompt))
+        log_probs = model.logits(torch.tensor([ids])).log_softmax(-1)[0]
+        return log_probs[torch.arange(start - 1, len(ids) - 1), ids[start:]].mean().item()
+
+    for place, prompt in enumerate(options["prompt"]):
+        assert score(prompt, found[2 * place]) > score(prompt, found[2 * place + 1])
+        assert score(prompt, found[2 * place]) >= score(prompt, greedy[place])
+
+
+def test_what_a_search_is_not_for_is_told():
+    from tunesmith.config import load_config
+
+    with pytest.raises(UserError) as raised:
+        load_config(
+            "generate", "model=m", "num_beams=2", "num_samples=3", "stop=[x]", "regex=a", "early_stopping=always"
+        )
+    for words in (
+        "set `temperature: 0`",
+        "not `num_samples: 3`",
+        "with `stop`",
+        "with `regex`",
+        "`early_stopping` should be",
+    ):
+        assert words in str(raised.value)
+    config = load_config(
+        "generate", "model=m", "num_beams=2", "temperature=0", "early_stopping=never", "length_penalty=-1"
+    )
+    assert (config.early_stopping, config.length_penalty) == ("never", -1.0)

@@ -1,7 +1,7 @@
 """Options of `tune run generate`."""
 
 from dataclasses import field
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith.configs._section import section
 from tunesmith.configs.shared import Checked, RunSettings, TokenizerConfig, below
@@ -76,6 +76,12 @@ class Generate(RunSettings):
     """Let the text be of this grammar: a file, or the grammar itself, in Lark's syntax or as GBNF."""
     num_samples: int = 1
     """Continuations per prompt."""
+    num_beams: int = 1
+    """Beginnings that are followed at a time in search of the likeliest text; 1: no search."""
+    length_penalty: float = 1.0
+    """With beams, a text's score is the sum of its log-probabilities divided by its length to this power: above 0 favours long texts."""
+    early_stopping: bool | Literal["never"] = False
+    """Stop a search as soon as num_beams texts are complete (true); when no beam would be better at its length now (false), or at any length (never)."""
     batch_size: int = 8
     """Texts generated at a time; as one ends, the next joins."""
     cache_tokens: int | None = None
@@ -102,7 +108,15 @@ class Generate(RunSettings):
         if self.compile and self.tensor_parallel_dim > 1:
             yield "`compile` can't be combined with `tensor_parallel_dim`: leave one of them out"
         yield from below(
-            1, self, "max_new_tokens", "top_k", "num_samples", "batch_size", "cache_tokens", "tensor_parallel_dim"
+            1,
+            self,
+            "max_new_tokens",
+            "top_k",
+            "num_samples",
+            "num_beams",
+            "batch_size",
+            "cache_tokens",
+            "tensor_parallel_dim",
         )
         if (self.log_probs or self.exact_logprobs) and self.output_file is None:
             yield "`log_probs` are written into `output_file`: name one"
@@ -113,6 +127,26 @@ class Generate(RunSettings):
                 yield f"`{name}` must be above 0 and at most 1, got {value}"
         if self.repetition_penalty <= 0:
             yield f"`repetition_penalty` must be above 0, got {self.repetition_penalty}"
+        if self.num_beams > 1:
+            yield from self._of_a_search()
         forms = [f"`{name}`" for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
         if len(forms) > 1:
             yield f"{' and '.join(forms)} can't be combined: leave {'one' if len(forms) == 2 else 'two'} of them out"
+
+    def _of_a_search(self):
+        if self.temperature > 0:
+            yield f"`num_beams: {self.num_beams}` searches for the likeliest text and draws nothing: set `temperature: 0`"
+        if self.num_samples > self.num_beams:
+            yield f"a search with `num_beams: {self.num_beams}` finds so many texts, not `num_samples: {self.num_samples}`"
+        others = {
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop": [],
+            "json_schema": None,
+        }
+        others |= {"regex": None, "grammar": None, "speculative": Speculative(), "log_probs": False}
+        others |= {"exact_logprobs": False, "cache_tokens": None, "stream": None}
+        for name, without in others.items():
+            if getattr(self, name) not in (without, False):
+                yield f"`num_beams` can't be combined with `{name}`: leave one of them out"

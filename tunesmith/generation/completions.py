@@ -102,12 +102,8 @@ def generate_completions(
     A sequence's text does not depend on what else is generated (but for rounding: see Engine).
     Raises UserError for a prompt that is empty or longer than the model's context, and for a model whose head gives scores.
     """
-    if isinstance(model, ScoreModel):
-        check_speaks(model.family, model.hf_config, "this model")
+    encoded = encode_prompts(model, tokenizer, prompts, chat)
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-    encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
-    for index, ids in enumerate(encoded):
-        _check_prompt(index, ids, model.config)
     writings = list(_writings(encoded, samplings, range(len(encoded)) if places is None else places))
     if cache_tokens is None:
         cache_tokens = _memory_for(writings, batch_size, model.config)
@@ -185,6 +181,18 @@ def _completion(writing: Writing, tokenizer: Tokenizer) -> Completion:
     assert writing.finish_reason is not None
     text = writing.whole_text(tokenizer)
     return Completion(text, writing.ids, writing.finish_reason, writing.log_probs, writing.prompt)
+
+
+def encode_prompts(
+    model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool | None
+) -> list[list[int]]:
+    """Raises UserError as generate_completions says."""
+    if isinstance(model, ScoreModel):
+        check_speaks(model.family, model.hf_config, "this model")
+    encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
+    for index, ids in enumerate(encoded):
+        _check_prompt(index, ids, model.config)
+    return encoded
 
 
 def _encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool | None) -> list[int]:

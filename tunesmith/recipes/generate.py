@@ -30,6 +30,7 @@ from tunesmith.configs.generate import Prompt as ChatPrompt
 from tunesmith.configs.layout import Layout
 from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.errors import UserError
+from tunesmith.generation.beam import Beams, search_completions
 from tunesmith.generation.completions import Completion, Prompt, generate_completions
 from tunesmith.generation.constraints import Constraint
 from tunesmith.generation.engine import Drafter
@@ -84,21 +85,37 @@ def _generate(
     names = [(_in_short(prompt), sample) for prompt in prompts for sample in range(config.num_samples)]
     printer = Printer(names, config.num_samples, sys.stdout)
     started = time.perf_counter()
-    completions = generate_completions(
-        model,
-        tokenizer,
-        [_as_given(prompts[number]) for number in own],
-        sampling,
-        batch_size=1 if streams else config.batch_size,
-        chat=config.chat,
-        on_text=printer.piece if streams and is_main else None,
-        agree=None if mesh is None else partial(mesh.as_first, axis="tp"),
-        cache_tokens=config.cache_tokens,
-        drafter=drafter,
-        compile=config.compile,
-        exact_logprobs=config.exact_logprobs,
-        places=own,
-    )
+    own_prompts = [_as_given(prompts[number]) for number in own]
+    agree = None if mesh is None else partial(mesh.as_first, axis="tp")
+    if config.num_beams > 1:
+        completions = search_completions(
+            model,
+            tokenizer,
+            own_prompts,
+            Beams(config.num_beams, config.length_penalty, config.early_stopping),
+            config.max_new_tokens,
+            num_samples=config.num_samples,
+            batch_size=config.batch_size,
+            chat=config.chat,
+            agree=agree,
+        )
+        streams = False
+    else:
+        completions = generate_completions(
+            model,
+            tokenizer,
+            own_prompts,
+            sampling,
+            batch_size=1 if streams else config.batch_size,
+            chat=config.chat,
+            on_text=printer.piece if streams and is_main else None,
+            agree=agree,
+            cache_tokens=config.cache_tokens,
+            drafter=drafter,
+            compile=config.compile,
+            exact_logprobs=config.exact_logprobs,
+            places=own,
+        )
     if mesh is not None:
         completions = _gathered(mesh, list(own), completions, config.num_samples)
     if not is_main:
