@@ -158,7 +158,9 @@ class Engine:
         chunks = self._next_chunks()
         if not steps and not chunks:
             return self._finished
-        hidden = self.reader.read([(one.memory, new) for one, new in steps], [(one.memory, n) for one, n in chunks])
+        entries = [(one.memory, new) for one, new in steps]
+        entries += [(one.memory, one.memory.ids[one.memory.read : one.memory.read + count]) for one, count in chunks]
+        hidden = self.reader.read(entries)
         self._take(steps, chunks, hidden)
         return self._finished
 
@@ -206,7 +208,7 @@ class Engine:
         mine, size = writing.memory.reusable, self.reader.pool.block_size
         known = None
         for other in self.running:
-            theirs = other.prompt
+            theirs = other.memory.ids
             if other.memory.unread <= 1 or (mine[:size] != theirs[:size] and mine != theirs):
                 continue
             alike = _alike(mine, theirs)
@@ -274,14 +276,14 @@ class Engine:
 
     def _take(self, steps: list[tuple[Writing, list[int]]], chunks: list[tuple[Writing, int]], hidden: Tensor) -> None:
         """Choose tokens from a pass's hidden states (L, D)."""
-        width = max((len(new) for _, new in steps), default=0)
         asked: list[tuple[Writing, list[int]]] = []  # sequences, and what was guessed to follow
         rows: list[int] = []
-        for row, (writing, new) in enumerate(steps):
-            rows += range(row * width, row * width + len(new))
+        start = 0
+        for writing, new in steps:
+            rows += range(start, start + len(new))
+            start += len(new)
             asked.append((writing, new[1:]))
             writing.memory.read += 1
-        start = len(steps) * width
         for writing, count in chunks:
             if writing.score_from is not None:
                 self._score(writing, count, hidden[start : start + count])
