@@ -97,7 +97,7 @@ class DraftModel:
         wanted = hidden[torch.tensor(ends, device=hidden.device)]
         logits = self.reader.model.lm_head.logits(wanted).float()
         samplings = [replace(writing.sampling, logit_bias={}) for writing, _ in going]
-        numbers = [one.numbers[len(one.ids) + place] if one.numbers else 0.0 for one, _ in going]
+        numbers = [0.0 if one.numbers is None else one.numbers[len(one.ids) + place] for one, _ in going]
         drawn = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(
             logits.device, torch.float32 if logits.device.type == "mps" else torch.float64
         )
