@@ -190,6 +190,17 @@ def _read(option: str, path: str) -> str:
 
 def read_prompts(config: Generate) -> list[str | ChatPrompt]:
     """The prompts that the config names, or the one on standard input."""
+    try:
+        prompts = _prompts(config)
+        for prompt in prompts:
+            # Bytes of another encoding come as letters that UTF-8 can't hold.
+            (prompt if isinstance(prompt, str) else prompt.user + (prompt.system or "")).encode()
+    except UnicodeError as error:
+        raise UserError("a prompt is no UTF-8 text: convert it first") from error
+    return prompts
+
+
+def _prompts(config: Generate) -> list[str | ChatPrompt]:
     if config.prompt is None:
         if sys.stdin.isatty():
             print("Type the prompt; end it with Ctrl-D on a line of its own.", file=sys.stderr)
