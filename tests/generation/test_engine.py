@@ -409,6 +409,32 @@ def test_sequences_join_while_others_are_written(model):
     assert engine.reader.blocks.available == engine.reader.pool.num_blocks
 
 
+def test_a_sequence_may_be_dropped_as_its_text_comes(model):
+    """As when whoever asked for it hangs up: itself, one whose token of the same pass is not taken yet, one that would end."""
+    prompts = prompts_of(5, 9, 6, 11)
+    options = Sampling(max_new_tokens=6, stop_ids=())
+    expected = ids_of(generate_completions(model, Letters(), prompts, options))
+    writings = [Writing(prompt, options, number) for number, prompt in enumerate(prompts)]
+
+    def on_text(index, piece):
+        if index == 0 and len(writings[0].ids) == 3:
+            engine.remove(writings[0])
+            engine.remove(writings[1])
+        if index == 2 and len(writings[2].ids) == 6:
+            engine.remove(writings[2])
+
+    engine = Engine(model, Letters(), 4, 300, on_text=on_text)
+    ended = []
+    with generating(model):
+        for one in writings:
+            engine.add(one)
+        while engine.is_busy:
+            ended += engine.step()
+    assert ended == [writings[3]] and [len(one.ids) for one in writings] == [3, 2, 6, 6]
+    assert writings[3].ids == expected[3]
+    assert engine.reader.blocks.available == engine.reader.pool.num_blocks
+
+
 def test_what_many_begin_with_is_remembered(model):
     """Few-shot examples, a system prompt: read by the first, and kept for those that come later."""
     common = prompts_of(40)[0]
@@ -425,3 +451,11 @@ def test_what_many_begin_with_is_remembered(model):
 def test_a_cache_that_can_not_hold_a_sequence_is_refused(model):
     with pytest.raises(UserError, match="may come to 34 tokens, but the cache holds 32"):
         generate_completions(model, Letters(), prompts_of(24), Sampling(max_new_tokens=10), cache_tokens=32)
+    context = model.config.context_length
+    with pytest.raises(UserError, match=f"{context} tokens leave no room in the model's context of {context}"):
+        Engine(model, Letters()).add(Writing(prompts_of(context)[0], Sampling()))
+
+
+def test_options_are_one_for_each_prompt(model):
+    with pytest.raises(ValueError, match="shorter"):
+        generate_completions(model, Letters(), prompts_of(3, 4), [Sampling()])

@@ -156,7 +156,7 @@ def _score_exactly(model: CausalLM, tokenizer: Tokenizer, writings: list[Writing
 def _writings(encoded: list[list[int]], samplings: list[Sampling], places: Sequence[int]) -> Iterator[Writing]:
     drawn = secrets.randbits(32)
     index = 0
-    for place, ids, sampling in zip(places, encoded, samplings):
+    for place, ids, sampling in zip(places, encoded, samplings, strict=True):
         seed = drawn if sampling.seed is None else sampling.seed
         for sample in range(sampling.num_samples):
             yield Writing(ids, sampling, index, random_numbers(sampling, seed, place, sample))

@@ -125,9 +125,13 @@ class Engine:
         self._sampler: tuple[list[Sampling], Sampler] = ([], Sampler([], self.reader.device))
 
     def add(self, writing: Writing) -> None:
-        """Raises UserError where the cache can't hold it, or a constraint can't be used."""
-        sampling = writing.sampling
-        writing.room = min(sampling.max_new_tokens, self.model.config.context_length - len(writing.prompt))
+        """Raises UserError where the context or the cache can't hold it, or a constraint can't be used."""
+        sampling, context = writing.sampling, self.model.config.context_length
+        writing.room = min(sampling.max_new_tokens, context - len(writing.prompt))
+        if writing.room < 1 and writing.score_from is None:
+            raise UserError(
+                f"{len(writing.prompt)} tokens leave no room in the model's context of {context}: shorten them"
+            )
         longest = len(writing.prompt) + (writing.room if writing.score_from is None else 0)
         if self.reader.needed(longest) > self.reader.pool.num_blocks:
             held = self.reader.pool.num_blocks * self.reader.pool.block_size
@@ -165,7 +169,7 @@ class Engine:
         return self._finished
 
     def remove(self, writing: Writing) -> None:
-        """Drop a sequence, wherever it is."""
+        """Drop a sequence, wherever it is; also from within on_text."""
         if writing in self.waiting:
             self.waiting.remove(writing)
         if writing in self.running:
@@ -313,6 +317,8 @@ class Engine:
         row = 0
         for writing, guess in asked:
             for place in range(len(guess) + 1):
+                if writing not in self.running:  # removed by on_text
+                    break
                 token = tokens[row + place]
                 if writing.log_probs is not None and values is not None:
                     writing.log_probs.append(values[row + place])
@@ -364,7 +370,8 @@ class Engine:
             return True
         if writing.text is not None:
             self._tell(writing, writing.text.finish())
-        self._end(writing)
+        if writing in self.running:
+            self._end(writing)
         return False
 
     def _end(self, writing: Writing) -> None:
