@@ -253,6 +253,7 @@ def test_mistakes_are_told(tiny_model, tmp_path):
         ({"perplexity": "README.md", "max_length": 9999}, "can read 512 tokens, not 9999"),
         ({"perplexity": "README.md", "stride": 600}, "a stride of 600 tokens"),
         ({"perplexity": "README.md", "output_dir": "README.md"}, "`output_dir`: README.md is a file"),
+        ({"perplexity": "README.md", "output_dir": "README.md/out"}, "`output_dir`: README.md/out can't be written to"),
     ]:
         with pytest.raises(UserError, match=message):
             main(config_of(tiny_model, **{"output_dir": None, **options}))

@@ -11,12 +11,18 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 from tunesmith.checkpoint.adapter import save_adapter
 from tunesmith.checkpoint.check import probe_ids
+from tunesmith.config import load_config
+from tunesmith.config import run as run_config
 from tunesmith.configs.export import Export
 from tunesmith.errors import UserError
 from tunesmith.nn.lora import adapter_state, apply_lora, reset_adapters
 from tunesmith.nn.scheme import Scheme
 from tunesmith.recipes import export
+from tunesmith.training import preflight
 from tunesmith.training.build import load_model
+from tunesmith.training.convert import replacing
+
+SCHEME = {"export": [], "quantize": ["scheme.type=int8_weight_only", "device=cpu"]}
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,33 @@ def test_full_folders_are_refused_and_empty_ones_taken(base, tmp_path):
     with pytest.raises(UserError, match="output_dir .*out is not empty"):
         run(base, tmp_path / "out")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("recipe", ["export", "quantize"])
+def test_folders_that_cant_be_written(base, tmp_path, monkeypatch, recipe):
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "here")
+    for folder, message in [
+        (".", "is the current folder"),
+        ("../file/out", "can't be written to"),
+        ("/proc/out", "can't be written"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            preflight.check(config := load_config(recipe, f"model={base}", f"output_dir={folder}", *SCHEME[recipe]))
+            run_config(config)
+    run_config(load_config(recipe, f"model={base}", "output_dir=~/out", *SCHEME[recipe]))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "here", "out"} and not list(
+        (tmp_path / "here").iterdir()
+    )
+
+
+def test_what_came_meanwhile_is_left(tmp_path):
+    with pytest.raises(UserError, match="out can't be written"), replacing(tmp_path / "out", only_empty=True):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "other").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "other"]
 
 
 def test_mistakes(base, tmp_path):

@@ -122,10 +122,10 @@ def _about(lm: EngineLM, config: Evaluate, started: float) -> Results:
 class Files:
     """Writes results as the harness does: OUTPUT/MODEL/results_DATE.json and, if asked for, samples_TASK_DATE.jsonl."""
 
-    def __init__(self, output_dir: str, lm: EngineLM, config: Evaluate):
+    def __init__(self, folder: Path, lm: EngineLM, config: Evaluate):
         """To be made before the evaluation begins: it measures how long that takes."""
-        self.tracker = EvaluationTracker(output_path=output_dir)
-        self.folder, self.with_samples = Path(output_dir), config.log_samples
+        self.tracker = EvaluationTracker(output_path=str(folder))
+        self.folder, self.with_samples = folder, config.log_samples
         self.tracker.general_config_tracker.log_experiment_args(
             model_source="tunesmith",
             model_args={"pretrained": lm.name},

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.checkpoint.hf import explain_full_disk
 from tunesmith.config import dump
 from tunesmith.configs.evaluate import Evaluate
 from tunesmith.configs.shared import TokenizerConfig
@@ -69,6 +70,9 @@ def main(config: Evaluate) -> None:
     if config.dtype == "bf16" and not supports_bf16(device):
         raise UserError(f"{device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
     texts = {file: read_texts(file) for file in config.text_files}
+    if (folder := _folder(config)) is not None:
+        with explain_full_disk(folder):  # now, and not when all is computed
+            folder.mkdir(parents=True, exist_ok=True)
     ranks = start_mesh(device).ranks if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Ranks()
     try:
         with _quiet(is_shown=ranks.is_main):
@@ -156,7 +160,8 @@ def _run_tasks(
     seed = 0 if config.seed is None else config.seed
     sizes = {"max_length": length, "batch_tokens": config.batch_tokens, "batch_size": config.batch_size}
     lm = EngineLM(model, tokenizer, outcome.name, ranks, seed=seed, **sizes)
-    files = Files(config.output_dir, lm, config) if config.output_dir and ranks.is_main else None
+    folder = _folder(config)
+    files = Files(folder, lm, config) if folder is not None and ranks.is_main else None
     outcome.results = run_tasks(lm, tasks, config)
     outcome.num_truncated = lm.num_truncated
     if files is not None:
@@ -177,9 +182,7 @@ def _tell(config: Evaluate, device: torch.device, models: list[Evaluated], tasks
                 f"{model.name}: {model.num_truncated} requests were longer than its context and lost their beginning",
                 file=sys.stderr,
             )
-    if config.output_dir:
-        folder = Path(config.output_dir).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+    if (folder := _folder(config)) is not None:
         _write_json(folder / "perplexity.json", {model.name: [text.row() for text in model.texts] for model in models})
         _write_json(folder / "comparison.json", [one.row() for one in differences])
         facts = [device_name(device), config.dtype, *(f"{model.name}: {_facts(model)}" for model in models)]
@@ -209,6 +212,11 @@ def _differences(first: Evaluated, other: Evaluated, tasks: Any) -> list[Differe
     from tunesmith.eval.harness import aggregation
 
     return compare_tasks(first.results, other.results, other.name, lambda *key: aggregation(tasks, *key)) + found
+
+
+def _folder(config: Evaluate) -> Path | None:
+    """Where files go."""
+    return Path(config.output_dir).expanduser() if config.output_dir else None
 
 
 def _facts(model: Evaluated) -> str:

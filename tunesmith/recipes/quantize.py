@@ -44,7 +44,7 @@ LONGEST = 2048
 def main(config: Quantize) -> None:
     check(config)
     scheme, device = Scheme(config.scheme.type, config.scheme.group_size), pick_device(config.device)
-    output = Path(config.output_dir)
+    output = Path(config.output_dir).expanduser()
     if device.type == "mps" and scheme.kind.levels == "float8":
         raise UserError(f"`scheme.type: {scheme.type}`: mps has no 8-bit floating-point numbers; set `device=cpu`")
     source = find_source(config.model, config.base)
@@ -69,7 +69,7 @@ def main(config: Quantize) -> None:
     with rounded(model, scheme, chosen):
         ours = probe_logits(model)
     shard_size = parse_size(config.max_shard_size)
-    with replacing(output) as folder:
+    with replacing(output, only_empty=True) as folder:
         written = write_model(model, folder, scheme, dtype, source.weights, source.tokenizer, shard_size, chosen)
         tolerance = config.tolerance or max(TOLERANCES[dtype], 1e-2 if scheme.rounds_inputs else 0.0)
         difference = check_rounded_logits(ours, logits_from_files(folder, device), tolerance, str(output))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tunesmith import hub
-from tunesmith.checkpoint.hf import MAX_SHARD_SIZE, copy_files, verify
+from tunesmith.checkpoint.hf import MAX_SHARD_SIZE, copy_files, explain_full_disk, verify
 from tunesmith.checkpoint.load import read_model_config, stated_dtype
 from tunesmith.checkpoint.quantized import Quantized, Written, write_quantized
 from tunesmith.models.decoder import CausalLM
@@ -42,12 +42,20 @@ def quantize_repository(
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A hidden folder that takes the place of `target` at the end, and is removed if there is an error before."""
+def replacing(target: Path, only_empty: bool = False) -> Iterator[Path]:
+    """A hidden folder that takes the place of `target` at the end, and is removed if there is an error before.
+
+    only_empty: raise UserError, instead of removing it, for what lies in `target` by then.
+    """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        with explain_full_disk(target):
+            partial.mkdir(parents=True)
         yield partial
+        if only_empty and target.exists():
+            with explain_full_disk(target):
+                target.rmdir()
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except BaseException:

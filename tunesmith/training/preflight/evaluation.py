@@ -27,9 +27,6 @@ def evaluation_problems(config: Any, notes: list[str]) -> Iterator[str]:
         yield from _text_file(name)
     for name in config.compared:
         yield from _compared(name, notes)
-    folder = config.output_dir and Path(config.output_dir).expanduser()
-    if folder and folder.exists() and not folder.is_dir():
-        yield f"`output_dir`: {config.output_dir} is a file"
 
 
 def _text_file(name: str) -> Iterator[str]:
