@@ -69,6 +69,15 @@ def _is_cached(repo: str) -> bool:
     return any((cache / f"models--{repo.replace('/', '--')}" / "snapshots").glob("*/*"))
 
 
+def weights_folder(name: str, base: str | None = None) -> Path | None:
+    """The folder with the config.json of a model, of an adapter its base's; None where it isn't here."""
+    folder = follow_latest(Path(name).expanduser())
+    if (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
+        named = base or read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
+        folder = follow_latest(Path(str(named)).expanduser())
+    return folder if (folder / "config.json").is_file() else None
+
+
 def model_folder(folder: Path, weights: bool, classifier: bool = False) -> Iterator[str]:
     from tunesmith.models.families import check_speaks, model_config
 
