@@ -83,6 +83,10 @@ def test_adapter_is_merged_into_the_unquantized_base(base, tmp_path, capsys, use
 def test_tokenizer_saved_with_the_adapter_is_preferred(base, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter")
     (adapter / "tokenizer_config.json").write_text('{"from": "adapter"}')
+    run(adapter, tmp_path / "without")  # a setting without a tokenizer is none
+    assert (tmp_path / "without" / "tokenizer_config.json").read_text() == '{"from": "base"}'
+    assert (tmp_path / "without" / "tokenizer.json").is_file()
+    (adapter / "tokenizer.json").write_text("{}")
     (adapter / "chat_template.jinja").write_text("template")
     run(adapter, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"from": "adapter"}'

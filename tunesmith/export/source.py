@@ -40,8 +40,7 @@ class Source:
     @property
     def tokenizer(self) -> Path:
         """Where the tokenizer's files are: an adapter's own, saved with it, are preferred to its base's."""
-        has_own = (self.folder / "tokenizer_config.json").is_file() or (self.folder / "tokenizer.json").is_file()
-        return self.folder if self.base is None or has_own else self.base
+        return hub.tokenizer_home(self.folder, self.weights)
 
     @property
     def stem(self) -> str:

@@ -38,7 +38,7 @@ def quantize_repository(
     # The base is rounded before the adapter is merged into it, as it was in training.
     model = stream_model(folder, dtype=dtype if origin != folder else None, base=base)
     with replacing(target) as partial:
-        return write_model(model, partial, scheme, dtype, origin, tokenizer_folder(folder, origin), max_shard_size)
+        return write_model(model, partial, scheme, dtype, origin, hub.tokenizer_home(folder, origin), max_shard_size)
 
 
 @contextmanager
@@ -90,9 +90,3 @@ def origin_of(folder: Path, base: str | Path | None = None) -> Path:
     """The folder with the weights: that of the base, where `folder` holds an adapter."""
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     return base_of(folder, base) if is_adapter else folder
-
-
-def tokenizer_folder(folder: Path, origin: Path) -> Path:
-    """Where the tokenizer's files are: an adapter's own, saved with it, are preferred to its base's."""
-    has_own = (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
-    return folder if has_own else origin
