@@ -90,6 +90,12 @@ def test_tasks_give_a_table_and_the_harness_files(capsys, tiny_model, task_folde
     assert "Examples of answers" in page and "acc_norm" in page and "recipe: evaluate" in page
 
 
+def test_a_seed_that_is_drawn_is_told(tiny_model, task_folder, tmp_path):
+    main(config_of(tiny_model, tasks=[str(task_folder / "answers.yaml")], limit=1, seed=None, output_dir=str(tmp_path)))
+    seed = results_in(tmp_path)["config"]["numpy_seed"]
+    assert isinstance(seed, int) and f"seed: {seed}" in (tmp_path / "report.html").read_text()
+
+
 def test_a_folder_stands_for_its_tasks(capsys, tiny_model, task_folder):
     main(config_of(tiny_model, tasks=[str(task_folder)], limit=2, output_dir=None))
     out = capsys.readouterr().out

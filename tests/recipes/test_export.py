@@ -1,6 +1,7 @@
 """Export end to end: adapters merged, number types and shards changed, mistakes refused; transformers and PEFT agree with the result."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def test_adapter_is_merged_into_the_unquantized_base(base, tmp_path, capsys, use
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"from": "base"}'
     assert not list(tmp_path.glob(".*partial"))
     printed = capsys.readouterr().out
+    assert re.search(r"wrote .*: \d+ files, \d[\d.]* MB", printed)
     assert "14 adapter layers of" in printed and "largest difference of the logits" in printed
 
 
@@ -185,6 +187,8 @@ def test_mistakes(base, tmp_path):
     with pytest.raises(UserError, match="doesn't name its base: set `base`"):
         run(adapter, tmp_path / "out")
     run(adapter, tmp_path / "out", base=str(base))
+    with pytest.raises(UserError, match="`base`: there is no folder nowhere"):
+        preflight.check(Export(model=str(adapter), base="nowhere", output_dir=str(tmp_path / "absent")))
     shutil.copytree(base, tmp_path / "quantized")
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = Scheme("int4_weight_only", 32).to_config([])

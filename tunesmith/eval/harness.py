@@ -33,10 +33,9 @@ Results = dict[str, Any]
 
 def prepare(loaded: Loaded, config: Evaluate) -> None:
     """Give the tasks the settings that go before their own. To be called before each model: examples are drawn anew."""
-    seed = 1234 if config.seed is None else config.seed
     random.seed(_PYTHON_SEED)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    numpy.random.seed((config.seed or 0) % 2**32)
+    torch.manual_seed(config.seed or 0)
     for task in loaded["tasks"].values():
         if config.gen_kwargs and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value=dict(config.gen_kwargs), update=True)

@@ -44,9 +44,9 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """What to call a file of it: the last part of its name."""
-        path = Path(self.name)
-        return re.sub(r"[^\w.-]+", "-", path.resolve().name if path.exists() else self.name.rpartition("/")[2])
+        """What to call a file of it: the last part of its name; of checkpoints/latest the checkpoint's."""
+        is_here = Path(self.name).expanduser().exists()
+        return re.sub(r"[^\w.-]+", "-", self.folder.resolve().name if is_here else self.name.rpartition("/")[2])
 
     def stream(self, device: str) -> CausalLM:
         """The model, adapter included, its weights still in their files. Raises UserError for an adapter that changes nothing."""

@@ -75,6 +75,8 @@ def main(config: Evaluate) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     ranks = start_mesh(device).ranks if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Ranks()
     try:
+        if config.seed is None:
+            config = dataclasses.replace(config, seed=ranks.from_main(lambda: int.from_bytes(os.urandom(4), "little")))
         with _quiet(is_shown=ranks.is_main):
             tasks = _load_tasks(config, ranks) if config.tasks else None
             models = [_evaluate(config, subject, device, ranks, tasks, texts) for subject in _subjects(config)]
@@ -157,9 +159,9 @@ def _run_tasks(
     from tunesmith.eval.harness import Files, run_tasks
     from tunesmith.eval.lm import EngineLM
 
-    seed = 0 if config.seed is None else config.seed
+    assert config.seed is not None
     sizes = {"max_length": length, "batch_tokens": config.batch_tokens, "batch_size": config.batch_size}
-    lm = EngineLM(model, tokenizer, outcome.name, ranks, seed=seed, **sizes)
+    lm = EngineLM(model, tokenizer, outcome.name, ranks, seed=config.seed, **sizes)
     folder = _folder(config)
     files = Files(folder, lm, config) if folder is not None and ranks.is_main else None
     outcome.results = run_tasks(lm, tasks, config)

@@ -209,6 +209,8 @@ def _adapter(option: str, folder: Path, base: str | None, notes: list[str], clas
         yield f"{folder / ADAPTER_FILE}: names no base model; give it as `base`"
     elif base is None and not Path(named or "").expanduser().exists():
         yield from not_a_folder(f"{option} (base of {folder})", named or "", notes)
+    elif base is not None and not follow_latest(Path(base).expanduser()).exists():
+        yield from not_a_folder("base", base, notes)
     elif base is not None and (warning := warn_of_another_base(folder, base)):
         notes.append(warning)
 
