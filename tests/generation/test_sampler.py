@@ -129,9 +129,12 @@ def test_greedy_takes_the_likeliest():
     assert torch.equal(sampler.choose(logits), logits.argmax(-1))
 
 
-def test_low_temperatures_approach_it():
+@pytest.mark.parametrize("temperature", [1e-4, 1e-20, 1e-39, 1e-300])
+def test_low_temperatures_approach_it(temperature):
     logits = logits_of(5)
-    samplings = [Sampling(temperature=1e-4, **more) for more in ({}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 5}, {})]
+    samplings = [
+        Sampling(temperature=temperature, **more) for more in ({}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 5}, {})
+    ]
     assert torch.equal(Sampler(samplings, CPU).choose(logits, uniforms(0, 0, 0, 5)), logits.argmax(-1))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tunesmith.generation.constraints import Constraint
-from tunesmith.generation.sampling import Sampling, uniforms
+from tunesmith.generation.sampling import RandomNumbers, Sampling, uniforms
 
 
 def test_random_numbers_are_a_sequences_own():
@@ -16,6 +16,10 @@ def test_random_numbers_are_a_sequences_own():
     }
     assert len(starts) == 27
     assert 0 <= min(starts) and max(starts) < 1
+    numbers = RandomNumbers(1, 2, 3)
+    assert [numbers[500], numbers[0], numbers[64]] == uniforms(1, 2, 3, 501)[[500, 0, 64]].tolist()
+    whole = torch.Generator().manual_seed(numbers._generator.initial_seed())
+    assert torch.equal(uniforms(1, 2, 3, 200), torch.rand(200, generator=whole, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

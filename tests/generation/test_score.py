@@ -45,3 +45,19 @@ def test_scores_equal_transformers(case):
 
 def test_nothing_to_score():
     assert score(pair("llama")[1], []) == []
+
+
+def test_what_contexts_have_in_common_is_read_once():
+    model = pair("llama")[1]
+    common = tokens(1, 40, seed=0)[0].tolist()
+    contexts = [[*common, *tokens(1, size, seed=size)[0].tolist()] for size in (3, 9)]
+    answers = [tokens(1, size, seed=size)[0].tolist() for size in (5, 1, 7, 4)]
+    pairs = [(context, answer) for context in contexts for answer in answers]
+    expected = [score(model, [one])[0].log_probs for one in pairs]
+    read = []
+    with model.model.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0].numel())):
+        found = score(model, pairs)
+    for one, alone in zip(found, expected):
+        assert one.log_probs == pytest.approx(alone, abs=1e-5)
+    # The first context, of the second what is not in the first's full block of 32, and every answer.
+    assert sum(read) == 43 + (49 - 32) + 2 * sum(map(len, answers))

@@ -93,8 +93,8 @@ def test_steps_and_chunks_are_the_definition(window, softcap, heads, tokens, tab
         places[None],
         (torch.tensor(blocks), places.clamp(min=0) % 4),
         None,
-        Steps(len(tables), tokens, groups_of(tables, pool, low), positions, 4),
         [
+            Steps(0, line, len(tables), tokens, groups_of(tables, pool, low), positions, 4),
             Chunk(line, line + 4, 5, torch.tensor(pool_tables[-2])),
             Chunk(line + 4, line + 10, 0, torch.tensor(pool_tables[-1])),
         ],

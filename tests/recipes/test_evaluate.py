@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -173,7 +174,7 @@ def test_an_adapter_is_compared_with_its_base(capsys, tiny_model, texts, tmp_pat
     assert adapted[0]["nll"] > 1.01 * base[0]["nll"]
 
 
-def on_two(arguments, cache):
+def on_rank(arguments, cache):
     import datasets
 
     import tunesmith.eval.harness
@@ -184,8 +185,29 @@ def on_two(arguments, cache):
     main(Evaluate(**arguments))
 
 
+def answers_in(folder):
+    """{task: what the model said to each question, or how likely answers are, in the questions' order}"""
+    files = {file.name.split("_2")[0]: file for file in folder.rglob("samples_*.jsonl")}
+    return {name: [json.loads(line)["resps"] for line in file.read_text().splitlines()] for name, file in files.items()}
+
+
+def as_numbers(value):
+    """What nested lists hold; log-likelihoods are written as text."""
+    if isinstance(value, list):
+        return [one for part in value for one in as_numbers(part)]
+    return [{"True": 1.0, "False": 0.0}[value] if value in ("True", "False") else float(value)]
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_same_as_one(tiny_model, task_folder, texts, tmp_path):
+@pytest.mark.parametrize(
+    "processes, together",
+    [
+        pytest.param(2, 1, id="dp2"),
+        pytest.param(2, 2, id="tp2"),
+        pytest.param(4, 2, id="dp2 x tp2"),
+    ],
+)
+def test_several_processes_give_the_same_as_one(processes, together, tiny_model, task_folder, texts, tmp_path):
     options = {
         "model": str(tiny_model),
         "device": "cpu",
@@ -197,22 +219,60 @@ def test_two_processes_give_the_same_as_one(tiny_model, task_folder, texts, tmp_
         "gen_kwargs": {"do_sample": True, "temperature": 1.0},
     }
     main(Evaluate(**options, output_dir=str(tmp_path / "one")))
-    run_distributed(on_two, 2, {**options, "output_dir": str(tmp_path / "two")}, str(tmp_path / "cache"))
-    one, two = (results_in(tmp_path / name) for name in ("one", "two"))
-    assert one["task_hashes"] == two["task_hashes"] and one["n-samples"] == two["n-samples"]
+    several = {**options, "tensor_parallel_dim": together, "output_dir": str(tmp_path / "several")}
+    run_distributed(on_rank, processes, several, str(tmp_path / "cache"))
+    one, found = (results_in(tmp_path / name) for name in ("one", "several"))
+    for key in ("task_hashes", "n-samples", "truncated_requests"):
+        assert found[key] == one[key]
+    assert found["config"]["model_num_parameters"] == one["config"]["model_num_parameters"]
     for name, wanted in one["results"].items():
-        assert two["results"][name] == {
+        assert found["results"][name] == {
             metric: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
             for metric, value in wanted.items()
         }
-    spoken = [next((tmp_path / name).rglob("samples_answers_*")).read_text() for name in ("one", "two")]
-    assert [json.loads(line)["resps"] for line in spoken[0].splitlines()] == [
-        json.loads(line)["resps"] for line in spoken[1].splitlines()
-    ]
+    own, wanted = answers_in(tmp_path / "several"), answers_in(tmp_path / "one")
+    assert own["samples_answers"] == wanted["samples_answers"] and len(set(map(str, own["samples_answers"]))) > 5
+    for name in ("choices", "last_word", "text"):
+        for mine, others in zip(own[f"samples_{name}"], wanted[f"samples_{name}"], strict=True):
+            assert as_numbers(mine) == pytest.approx(as_numbers(others), abs=1e-4, rel=1e-6)
     told = [
-        next(iter(json.loads((tmp_path / name / "perplexity.json").read_text()).values())) for name in ("one", "two")
+        next(iter(json.loads((tmp_path / name / "perplexity.json").read_text()).values()))
+        for name in ("one", "several")
     ]
     assert told[1][0]["nll"] == pytest.approx(told[0][0]["nll"], rel=1e-6)
+
+
+def test_models_that_processes_hold_together_compare_as_on_one(tiny_model, tmp_path):
+    other = changed(tiny_model, 0.3, tmp_path / "other")
+    (tmp_path / "text.txt").write_text("\n".join(row["text"] for row in rows(24)))
+    options = {"model": str(tiny_model), "device": "cpu", "dtype": "fp32", "perplexity": str(tmp_path / "text.txt")}
+    options |= {"compare": str(other), "max_length": 64, "stride": 48}
+    main(Evaluate(**options, output_dir=str(tmp_path / "one")))
+    run_distributed(main, 2, Evaluate(**options, tensor_parallel_dim=2, output_dir=str(tmp_path / "two")))
+    one, two = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("one", "two"))
+    assert one == [
+        {key: pytest.approx(value, rel=1e-4) if isinstance(value, float) else value for key, value in row.items()}
+        for row in two
+    ]
+
+
+def test_models_that_can_not_be_spread_are_told_before_any_is_loaded(tiny_model, texts, tmp_path):
+    """Those beside, too."""
+    options = {"perplexity": str(texts / "book.txt"), "output_dir": None, "compare": [str(tmp_path / "other")]}
+    other = json.loads((changed(tiny_model, 0.1, tmp_path / "other") / "config.json").read_text())
+    for tp, change, message in [
+        (2, {}, "`tensor_parallel_dim: 2` needs a multiple of 2 processes, but 1 was started"),
+        (4, {}, "`tensor_parallel_dim: 4` does not divide the model's 2 key-value heads: take 1 or 2"),
+        (
+            2,
+            {"intermediate_size": 129},
+            f"{tmp_path / 'other'}: `tensor_parallel_dim: 2` does not divide the model's 129",
+        ),
+        (2, {"quantization_config": NF4}, f"{tmp_path / 'other'} is quantized"),
+    ]:
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**other, **change}))
+        with pytest.raises(UserError, match=re.escape(message)):
+            main(config_of(tiny_model, tensor_parallel_dim=tp, **options))
 
 
 def test_a_terminal_gets_a_drawn_table(tiny_model, texts, monkeypatch):
@@ -226,6 +286,8 @@ def test_a_terminal_gets_a_drawn_table(tiny_model, texts, monkeypatch):
     main(config_of(tiny_model, perplexity=str(texts / "book.txt"), output_dir=None))
     assert "┃" in terminal.getvalue() and "bits/byte" in terminal.getvalue()
 
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 BROKEN = {
     "syntax.yaml": ("task: [a\n", "syntax.yaml is no YAML"),

@@ -78,6 +78,9 @@ def test_standard_input(capsys, tiny_model, monkeypatch):
     expected = run(capsys, tiny_model, prompt="the quick\nfox")
     monkeypatch.setattr(sys, "stdin", io.StringIO("the quick\nfox\n"))
     assert run(capsys, tiny_model) == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    with pytest.raises(UserError, match="a prompt is no UTF-8 text"):
+        main(config_of(tiny_model))
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(UserError, match="there is no prompt"):
         main(config_of(tiny_model))
@@ -135,6 +138,8 @@ def test_a_template_of_the_users_own(capsys, tiny_model, tmp_path):
     "options, message",
     [
         ({"prompt": []}, "`prompt` is an empty list"),
+        ({"prompt": ["x", "caf\udce9"]}, "a prompt is no UTF-8 text"),
+        ({"prompt": Prompt("caf\udce9")}, "a prompt is no UTF-8 text"),
         ({"prompt": "x", "output_file": "/nowhere/texts.jsonl"}, "`output_file`: there is no folder /nowhere"),
         ({"prompt": "x", "output_file": "/"}, "`output_file`: / is a folder"),
         ({"prompt": "fox " * 600, "chat": False}, "prompt 0 has .* tokens, but the model's context holds 512"),
@@ -172,6 +177,7 @@ def test_exact_log_probabilities_are_written(capsys, tiny_model, tmp_path):
         ({"log_probs": True}, "`log_probs` are written into `output_file`: name one"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"cache_tokens": 0}, "`cache_tokens` must be at least 1"),
+        ({"stop": ["x", ""]}, "`stop` holds an empty string"),
     ],
 )
 def test_impossible_options(tiny_model, options, message):
@@ -266,13 +272,21 @@ def test_what_a_search_is_not_for_is_told():
 
     with pytest.raises(UserError) as raised:
         load_config(
-            "generate", "model=m", "num_beams=2", "num_samples=3", "stop=[x]", "regex=a", "early_stopping=always"
+            "generate",
+            "model=m",
+            "num_beams=2",
+            "num_samples=3",
+            "stop=[x]",
+            "regex=a",
+            "compile=true",
+            "early_stopping=always",
         )
     for words in (
         "set `temperature: 0`",
         "not `num_samples: 3`",
         "with `stop`",
         "with `regex`",
+        "with `compile`",
         "`early_stopping` should be",
     ):
         assert words in str(raised.value)

@@ -403,18 +403,18 @@ def test_updates_in_the_backward_pass_where_ranks_make_one_micro_batch_of_a_step
         assert len(findings(*words)) == said
 
 
-def test_what_does_not_train_runs_in_one_process(model, monkeypatch):
-    recipes = (["generate", "model=model"], ["export", "model=model", "output_dir=out"])
-    for count, said in (
-        (1, []),
-        (2, ["`generate`, `quantize` and `export` run in one process: leave the launch options out"]),
-    ):
+def test_what_writes_a_model_runs_in_one_process(model, monkeypatch):
+    recipes = (["export", "model=model", "output_dir=out"], ["quantize", "model=model", "output_dir=out"])
+    message = "`quantize` and `export` run in one process: leave the launch options out"
+    for count, said in ((1, []), (2, [message])):
         monkeypatch.setenv("WORLD_SIZE", str(count))
-        assert [findings(*words) for words in recipes] == [said, said]
+        assert [message in findings(*words) for words in recipes] == [bool(said)] * 2
+        assert findings("generate", "model=model") == []
     monkeypatch.delenv("WORLD_SIZE")
     for count in (2, 0):  # 0: as many as the machine has devices
         with pytest.raises(ConfigError, match="one process"):
             preflight.check(load_config(*recipes[0]), processes=count)
+        preflight.check(load_config("generate", "model=model"), processes=count)
     preflight.check(load_config(*recipes[0]), processes=1)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from tunesmith.errors import UserError, fault_of_the_machine
 
 VERBS = {
-    "run": "train, generate or export with a recipe",
+    "run": "train, generate, evaluate, quantize or export with a recipe",
     "ls": "list recipes, overlays, models and data sets; `tune ls sft`: the options of a recipe",
     "cp": "write a complete config, or a recipe's source, to make your own",
     "cat": "print a complete config, or its JSON Schema",

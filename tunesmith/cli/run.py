@@ -18,7 +18,7 @@ usage: tune run [torchrun options] RECIPE|FILE [+overlay …] [key=value …] [~
 
 Runs a recipe. Layers merge in the order written: the recipe's defaults, a file (or --config FILE), +overlays, all key=value.
 
-  RECIPE        sft, pretrain, generate, evaluate, export (`tune ls`), or your own recipe file (./my_recipe.py)
+  RECIPE        sft, preference, generate, evaluate, quantize, … (`tune ls` names all), or your own recipe file (./my_recipe.py)
   FILE          a YAML file that says which `recipe` it is for, as `tune cp` writes it
   +overlay      several settings at once, such as +lora or +low_memory; also +my_overlay.yaml
   key=value     one setting, such as batch_size=4 or optimizer.lr=1e-4; lists and sections as in YAML: [a, b] {a: b}

@@ -25,6 +25,8 @@ class Evaluate(RunSettings):
     """The tokenizer and how a conversation becomes text."""
     quantize_base: bool = False
     """Hold the matrices in 4-bit NormalFloat."""
+    tensor_parallel_dim: int = 1
+    """Processes that hold a model together; several such groups share the questions."""
     compare: str | list[str] = field(default_factory=list)
     """Further models or checkpoints that answer the same: the table shows how each differs from `model`, and whether by chance."""
     tasks: list[str] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Evaluate(RunSettings):
 
     def problems(self):
         yield from super().problems()
-        yield from below(1, self, "batch_tokens", "batch_size", "max_length", "stride")
+        yield from below(1, self, "batch_tokens", "batch_size", "max_length", "stride", "tensor_parallel_dim")
         yield from below(0, self, "num_fewshot", "seed", "fewshot_seed")
         if self.limit is not None and (self.limit <= 0 or self.limit > 1 and self.limit != int(self.limit)):
             yield f"`limit` is a number of examples or a share between 0 and 1, got {self.limit}"

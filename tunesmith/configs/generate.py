@@ -121,6 +121,8 @@ class Generate(RunSettings):
         if (self.log_probs or self.exact_logprobs) and self.output_file is None:
             yield "`log_probs` are written into `output_file`: name one"
         yield from below(0, self, "temperature", "seed")
+        if not all(self.stop):
+            yield "`stop` holds an empty string, which would end every text at once: leave it out"
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -144,6 +146,7 @@ class Generate(RunSettings):
             "frequency_penalty": 0.0,
             "stop": [],
             "json_schema": None,
+            "compile": False,
         }
         others |= {"regex": None, "grammar": None, "speculative": Speculative(), "log_probs": False}
         others |= {"exact_logprobs": False, "cache_tokens": None, "stream": None}

@@ -59,7 +59,7 @@ def run_tasks(lm: EngineLM, loaded: Loaded, config: Evaluate) -> Results:
             lm=lm,
             task_dict=loaded,  # type: ignore[arg-type]
             limit=config.limit,  # type: ignore[arg-type]
-            bootstrap_iters=BOOTSTRAPS if lm.ranks.is_main else 0,
+            bootstrap_iters=BOOTSTRAPS if lm.replicas.is_main else 0,
             log_samples=True,
             system_instruction=config.system_instruction,
             apply_chat_template=config.apply_chat_template,

@@ -5,6 +5,7 @@ Tokens are cut as the harness's own HFLM cuts them, so that scores are the same.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -21,7 +22,8 @@ from tunesmith.generation.completions import Completion, generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.score import score
 from tunesmith.models.decoder import CausalLM
-from tunesmith.parallel.mesh import Ranks
+from tunesmith.nn.part import parameter_parts
+from tunesmith.parallel.mesh import Replicas
 
 T = TypeVar("T")
 Ids = list[int]
@@ -34,14 +36,14 @@ _MAX_NEW_TOKENS = 256
 
 
 class EngineLM(TemplateLM):
-    """Every process holds the whole model and takes a share of the requests; each is given all answers."""
+    """Every replica of the model takes a share of the requests; each process is given all answers."""
 
     def __init__(
         self,
         model: CausalLM,
         tokenizer: Tokenizer,
         name: str,
-        ranks: Ranks | None = None,
+        replicas: Replicas | None = None,
         *,
         max_length: int | None = None,
         batch_tokens: int = 4096,
@@ -58,7 +60,7 @@ class EngineLM(TemplateLM):
         """
         super().__init__()
         self.model, self.engine_tokenizer, self.name = model, tokenizer, name
-        self.ranks = ranks or Ranks()
+        self.replicas = replicas or Replicas()
         self.batch_tokens, self.batch_size, self.seed = batch_tokens, batch_size, seed
         self.max_length = max_length or context_length(model)
         self.num_truncated = 0
@@ -214,10 +216,16 @@ class EngineLM(TemplateLM):
         return context[-room:] or [self.prefix_token_id]
 
     def _generated(self, requests: list[tuple[int, Ids, Sampling]]) -> list[str]:
-        """Each with its place among all requests, on which its random numbers depend: not on the rank that it came to."""
+        """Each with its place among all requests, on which its random numbers depend: not on the replica that it came to."""
         places, prompts, samplings = zip(*requests) if requests else ((), (), ())
         completions = generate_completions(
-            self.model, self.engine_tokenizer, prompts, samplings, self.batch_size, places=places
+            self.model,
+            self.engine_tokenizer,
+            prompts,
+            samplings,
+            self.batch_size,
+            agree=self.replicas.agree,
+            places=places,
         )
         return [self._text(one, sampling) for one, sampling in zip(completions, samplings)]
 
@@ -237,26 +245,26 @@ class EngineLM(TemplateLM):
         compute: Callable[[list[Any]], list[T]],
         least: int,
     ) -> list[T]:
-        """`compute` of all items on every rank, each of which did a share.
+        """`compute` of all items on every rank; each replica did a share.
 
-        Items whose contexts begin alike come to one rank, and as far as can be into one call, which reads that once.
+        Items whose contexts begin alike come to one replica, and as far as can be into one call, which reads that once.
         least: cost of a call of `compute`, between which it is shown how far this has come.
         """
         order = sorted(range(len(items)), key=lambda index: contexts[index])
-        shares = _parts(order, contexts, costs, -(-sum(costs) // self.ranks.world_size))
-        own = shares[self.ranks.rank] if self.ranks.rank < len(shares) else []
+        shares = _parts(order, contexts, costs, -(-sum(costs) // self.replicas.count))
+        own = shares[self.replicas.index] if self.replicas.index < len(shares) else []
         least = max(least, sum(costs[index] for index in own) // _CALLS)
 
         def computed() -> dict[int, T]:
             found: dict[int, T] = {}
-            is_shown = self.ranks.is_main and sys.stderr.isatty()
+            is_shown = self.replicas.is_main and sys.stderr.isatty()
             with tqdm(total=len(own), desc="requests", disable=not is_shown) as bar:
                 for part in _parts(own, contexts, costs, least):
                     found.update(zip(part, compute([items[index] for index in part])))
                     bar.update(len(part))
             return found
 
-        found = {index: result for share in self.ranks.on_all(computed) for index, result in share.items()}
+        found = {index: result for share in self.replicas.on_all(computed) for index, result in share.items()}
         return [found[index] for index in range(len(items))]
 
     # --- chats and names -----------------------------------------------------------------------------
@@ -282,7 +290,7 @@ class EngineLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Of results: the keys that the harness has for models of transformers."""
         return {
-            "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "model_num_parameters": sum(math.prod(part.shape) for part in parameter_parts(self.model).values()),
             "model_dtype": str(self.model.model.compute_dtype),
             "model_revision": "main",
             "model_sha": "",

@@ -86,7 +86,7 @@ def _is_in(file: Path | None, folder: Path) -> bool:
 
 def _loaded(manager: TaskManager, specs: list[str]) -> Loaded:
     try:
-        loaded = dict(manager.load(specs))
+        loaded: Loaded = dict(manager.load(specs))
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a task's file or its data may do

@@ -14,7 +14,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.eval.perplexity import Perplexity, Window, bounded_exp, check_windows, window_losses, windows
 from tunesmith.models.decoder import CausalLM
-from tunesmith.parallel.mesh import Ranks
+from tunesmith.parallel.mesh import Replicas
 
 _BLOCK = 1000
 """Characters that a block has at least; it ends with a line where one ends soon."""
@@ -87,13 +87,13 @@ def score_file(
     max_length: int,
     stride: int | None = None,
     batch_tokens: int = 4096,
-    ranks: Ranks | None = None,
+    replicas: Replicas | None = None,
 ) -> TextScore:
-    """Perplexity of the `texts` of a file; with several ranks each scores some windows, and all get the result."""
-    ranks = ranks or Ranks()
+    """Perplexity of the `texts` of a file; of several replicas each scores some windows, and all get the result."""
+    replicas = replicas or Replicas()
     check_windows(model, max_length, stride)
     cut = [_cut(text, tokenizer, max_length, stride) for text in texts]
-    losses = iter(_losses(model, [window for text in cut for window in text.windows], batch_tokens, ranks))
+    losses = iter(_losses(model, [window for text in cut for window in text.windows], batch_tokens, replicas))
     blocks: list[Block] = []
     tokens = 0
     for text in cut:
@@ -108,10 +108,10 @@ def score_file(
     )
 
 
-def _losses(model: CausalLM, of: list[Window], batch_tokens: int, ranks: Ranks) -> Iterator[list[float]]:
-    own = of[ranks.rank :: ranks.world_size]
-    shares = ranks.on_all(lambda: [one.tolist() for one in window_losses(model, own, batch_tokens)])
-    return (shares[index % ranks.world_size][index // ranks.world_size] for index in range(len(of)))
+def _losses(model: CausalLM, of: list[Window], batch_tokens: int, replicas: Replicas) -> Iterator[list[float]]:
+    own, count = replicas.own(of), replicas.count
+    shares = replicas.on_all(lambda: [one.tolist() for one in window_losses(model, own, batch_tokens)])
+    return (shares[index % count][index // count] for index in range(len(of)))
 
 
 def _cut(text: str, tokenizer: Tokenizer, max_length: int, stride: int | None) -> _Text:

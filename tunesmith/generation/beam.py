@@ -178,7 +178,7 @@ class _Searching:
         while memory.unread:
             count = min(memory.unread, _CHUNK)
             self._grow(memory, memory.read + count)
-            hidden = self.reader.read([], [(memory, count)])
+            hidden = self.reader.read([(memory, memory.ids[memory.read : memory.read + count])])
             memory.read += count
         return hidden[-1]
 

@@ -57,8 +57,8 @@ class CompiledSteps:
         return hidden[0, :count].clone()  # the next run of a graph writes over its output
 
     def _hidden(self, ids: Tensor, positions: Tensor, blocks: Tensor, places: Tensor, cos_sin, groups: list[Group]):
-        steps = Steps(self.batch_size, 1, groups, positions[:, None], self.pool.block_size)
-        line = Pass(self.pool, positions[None], (blocks, places), None, steps, [])
+        steps = Steps(0, self.batch_size, self.batch_size, 1, groups, positions[:, None], self.pool.block_size)
+        line = Pass(self.pool, positions[None], (blocks, places), None, [steps])
         return self.model.model(ids[None], Sight({}, cos_sin, cached=line))
 
     def _padded(self, group: Group, rows: int) -> Group:

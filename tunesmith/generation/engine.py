@@ -18,7 +18,7 @@ from tunesmith.errors import UserError
 from tunesmith.generation.constraints import Compiled, Constraint, Matcher
 from tunesmith.generation.reader import Memory, Reader
 from tunesmith.generation.sampler import Sampler, seen_in
-from tunesmith.generation.sampling import Sampling, uniforms
+from tunesmith.generation.sampling import RandomNumbers, Sampling
 from tunesmith.generation.text import TextStream, continuation_text
 from tunesmith.models.decoder import CausalLM
 
@@ -31,8 +31,8 @@ class Writing:
     sampling: Sampling
     index: int = 0
     """What it is called by whoever asked for it."""
-    numbers: list[float] = field(default_factory=list)
-    """In [0, 1): its own random ones, one a token; empty where none are drawn."""
+    numbers: RandomNumbers | None = None
+    """Its own, one a token; None where none are drawn."""
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] | None = None
     text: TextStream | None = None
@@ -158,7 +158,9 @@ class Engine:
         chunks = self._next_chunks()
         if not steps and not chunks:
             return self._finished
-        hidden = self.reader.read([(one.memory, new) for one, new in steps], [(one.memory, n) for one, n in chunks])
+        entries = [(one.memory, new) for one, new in steps]
+        entries += [(one.memory, one.memory.ids[one.memory.read : one.memory.read + count]) for one, count in chunks]
+        hidden = self.reader.read(entries)
         self._take(steps, chunks, hidden)
         return self._finished
 
@@ -206,7 +208,7 @@ class Engine:
         mine, size = writing.memory.reusable, self.reader.pool.block_size
         known = None
         for other in self.running:
-            theirs = other.prompt
+            theirs = other.memory.ids
             if other.memory.unread <= 1 or (mine[:size] != theirs[:size] and mine != theirs):
                 continue
             alike = _alike(mine, theirs)
@@ -274,14 +276,14 @@ class Engine:
 
     def _take(self, steps: list[tuple[Writing, list[int]]], chunks: list[tuple[Writing, int]], hidden: Tensor) -> None:
         """Choose tokens from a pass's hidden states (L, D)."""
-        width = max((len(new) for _, new in steps), default=0)
         asked: list[tuple[Writing, list[int]]] = []  # sequences, and what was guessed to follow
         rows: list[int] = []
-        for row, (writing, new) in enumerate(steps):
-            rows += range(row * width, row * width + len(new))
+        start = 0
+        for writing, new in steps:
+            rows += range(start, start + len(new))
+            start += len(new)
             asked.append((writing, new[1:]))
             writing.memory.read += 1
-        start = len(steps) * width
         for writing, count in chunks:
             if writing.score_from is not None:
                 self._score(writing, count, hidden[start : start + count])
@@ -329,7 +331,7 @@ class Engine:
         sampler, numbers, seen, allowed = self._sampler[1], None, None, None
         if sampler.needs_uniforms:
             kind = torch.float32 if logits.device.type == "mps" else torch.float64
-            drawn = [one.numbers[len(one.ids) + place] if one.numbers else 0.0 for one, place in owners]
+            drawn = [0.0 if one.numbers is None else one.numbers[len(one.ids) + place] for one, place in owners]
             numbers = torch.tensor(drawn, dtype=kind, device=logits.device)
         if sampler.needs_seen:
             nothing = torch.zeros(logits.shape[-1], dtype=torch.int32, device=logits.device)
@@ -388,11 +390,9 @@ class Engine:
             self.on_text(writing.index, piece)
 
 
-def random_numbers(sampling: Sampling, seed: int, prompt: int, sample: int) -> list[float]:
+def random_numbers(sampling: Sampling, seed: int, prompt: int, sample: int) -> RandomNumbers | None:
     """What a sequence draws with: the same whatever else is generated."""
-    if sampling.temperature == 0:
-        return []
-    return uniforms(seed, prompt, sample, sampling.max_new_tokens).tolist()
+    return None if sampling.temperature == 0 else RandomNumbers(seed, prompt, sample)
 
 
 def _alike(one: Sequence[int], other: Sequence[int]) -> int:

@@ -16,6 +16,9 @@ from tunesmith.generation.compiled import CompiledSteps
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.kv_cache import BLOCK_SIZE, BlockPool, Chunk, Group, Pass, Steps, groups_of
 
+_FEW = 48
+"""New tokens of a sequence for which it is attended to block by block, beside others, not on its own."""
+
 
 @dataclass(eq=False)
 class Memory:
@@ -103,63 +106,83 @@ class Reader:
         """Whether what was read has other rotary frequencies than the sequence as it is now."""
         return memory.read > 0 and memory.kind != self._kind(memory)
 
-    def read(self, steps: Sequence[tuple[Memory, Sequence[int]]], chunks: Sequence[tuple[Memory, int]] = ()) -> Tensor:
-        """One pass. Hidden states (L, D): of the steps in rows of equal length, then of the chunks.
+    def read(self, entries: Sequence[tuple[Memory, Sequence[int]]]) -> Tensor:
+        """One pass over memories' next tokens, which need not stay: hidden states (L, D), entry by entry.
 
-        steps: memories of which at least one token is read, with the tokens to read next (which need not stay); rows are as long as
-            the longest. chunks: memories with the number of their next tokens to read. There must be blocks for all (`grow`).
+        There must be blocks for all (`grow`). What counts as `read` of the memories stays as it is.
         """
-        tokens = max((len(new) for _, new in steps), default=0)
+        ones, few, many = _by_size(entries)
+        line = [*ones, *few, *many]
         ids, positions, blocks, lengths = [], [], [], []
         size = self.pool.block_size
-
-        def add(memory: Memory, new: Sequence[int]) -> None:
-            for place, number in enumerate(new, memory.read):
-                ids.append(number)
-                positions.append(place)
-                blocks.append(memory.table[place // size])
-            lengths.extend([max(len(memory.ids), memory.read + len(new))] * len(new))
-
-        for memory, new in steps:
-            add(memory, new)
-            padding = tokens - len(new)
-            ids.extend([0] * padding)
-            positions.extend([-1] * padding)
-            blocks.extend([self.pool.nowhere] * padding)
-            lengths.extend([1] * padding)
-        made = []
-        for memory, count in chunks:
-            start = len(ids)
-            add(memory, memory.ids[memory.read : memory.read + count])
-            table = memory.table[: self.needed(memory.read + count)]
-            made.append(Chunk(start, len(ids), memory.read, torch.tensor(table, device=self.device)))
+        for memory, new in (entries[index] for index in line):
+            places = range(memory.read, memory.read + len(new))
+            ids += new
+            positions += places
+            blocks += [memory.table[place // size] for place in places]
+            lengths += [max(len(memory.ids), places.stop)] * len(new)
         numbers = torch.tensor([ids, positions, blocks, lengths], device=self.device)
-        where = numbers[1]
-        rectangle = None
-        slots = (numbers[2], where.clamp(min=0) % size)
-        if steps:
-            rows = where[: len(steps) * tokens].view(len(steps), tokens)
-            groups = self._groups([memory for memory, _ in steps], tokens)
-            if self._compiled is not None and tokens == 1 and not chunks and self._compiled.fits(groups):
-                return self._compiled.read(numbers[0], where, slots, groups)
-            rectangle = Steps(len(steps), tokens, groups, rows, size)
-        line = Pass(
-            self.pool,
-            where[None],
-            slots,
-            numbers[3] if self.model.config.depends_on_length else None,
-            rectangle,
-            made,
-        )
-        return self.model(numbers[:1], cache=line)[0]
+        where, slots = numbers[1], (numbers[2], numbers[1] % size)
+        parts: list[Steps | Chunk] = []
+        if ones:
+            groups = self._groups([entries[index][0] for index in ones])
+            if self._compiled is not None and len(ones) == len(line) and self._compiled.fits(groups):
+                return self._in_order(self._compiled.read(numbers[0], where, slots, groups), entries, line)
+            parts.append(Steps(0, len(ones), len(ones), 1, groups, where[: len(ones), None], size))
+        if few:
+            parts.append(self._rectangle([entries[index] for index in few], len(ones)))
+        for index in many:
+            memory, new = entries[index]
+            start = parts[-1].stop if parts else 0
+            table = torch.tensor(memory.table[: self.needed(memory.read + len(new))], device=self.device)
+            parts.append(Chunk(start, start + len(new), memory.read, table))
+        depends = self.model.config.depends_on_length
+        made = Pass(self.pool, where[None], slots, numbers[3] if depends else None, parts)
+        return self._in_order(self.model(numbers[:1], cache=made)[0], entries, line)
 
-    def _groups(self, memories: list[Memory], tokens: int) -> list[Group]:
-        """How to go through their blocks; made anew only when one has another list of them."""
-        tables = [tuple(memory.table[: self.needed(memory.read + tokens)]) for memory in memories]
+    def _in_order(self, hidden: Tensor, entries: Sequence[tuple[Memory, Sequence[int]]], line: list[int]) -> Tensor:
+        """What came out in the order of the line, in that of the entries."""
+        if line == sorted(line):
+            return hidden
+        starts, start = {}, 0
+        for index in line:
+            starts[index] = start
+            start += len(entries[index][1])
+        rows = [starts[index] + place for index, (_, new) in enumerate(entries) for place in range(len(new))]
+        return hidden[torch.tensor(rows, device=self.device)]
+
+    def _groups(self, memories: list[Memory]) -> list[Group]:
+        """How to go through their blocks for one token more; made anew only when one has another list of them."""
+        tables = [tuple(memory.table[: self.needed(memory.read + 1)]) for memory in memories]
         if self._plan[0] != tables:
             room = None if self._compiled is None else self._compiled.batch_size
             self._plan = tables, groups_of(tables, self.pool, self.pool.num_blocks // 2, room)
         return self._plan[1]
 
+    def _rectangle(self, entries: list[tuple[Memory, Sequence[int]]], start: int) -> Steps:
+        """Several tokens of each, not equally many."""
+        most, size = max(len(new) for _, new in entries), self.pool.block_size
+        tables = [memory.table[: self.needed(memory.read + len(new))] for memory, new in entries]
+        positions = torch.full((len(entries), most), -1)
+        places: list[int] = []
+        for row, (memory, new) in enumerate(entries):
+            positions[row, : len(new)] = torch.arange(memory.read, memory.read + len(new))
+            places += range(row * most, row * most + len(new))
+        groups = groups_of(tables, self.pool, self.pool.num_blocks // 2)
+        shape = (start, start + len(places), len(entries), most)
+        where = torch.tensor(places, device=self.device)
+        return Steps(*shape, groups, positions.to(self.device), size, where)
+
     def _kind(self, memory: Memory) -> tuple[int, ...]:
         return self.model.length_class(len(memory.ids))
+
+
+def _by_size(entries: Sequence[tuple[Memory, Sequence[int]]]) -> tuple[list[int], list[int], list[int]]:
+    """Which entries are one token of a sequence that is known, few of one, and many or the first of one."""
+    ones, few, many = [], [], []
+    for index, (memory, new) in enumerate(entries):
+        if not memory.read or len(new) > _FEW:
+            many.append(index)
+        else:
+            (ones if len(new) == 1 else few).append(index)
+    return ones, few, many

@@ -18,6 +18,8 @@ IN_PROMPT = 1 << 20
 _FIRST, _FACTOR = 512, 16
 """Candidates that are looked at first where no top-k says how many; and how many times more then, if some are missing."""
 _BLOCK = 256
+_COLDEST = 1e-30
+"""Below it logits divided by the temperature may be infinite: the likeliest token is taken."""
 
 
 def seen_in(prompt: Sequence[int], vocab_size: int, generated: Sequence[int] = ()) -> Tensor:
@@ -189,7 +191,7 @@ class _Filtered:
 
 
 def _way_of(sampling: Sampling) -> type[_Greedy] | type[_Whole] | type[_Filtered]:
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return _Greedy
     is_whole = sampling.top_k is None and sampling.top_p in (None, 1) and sampling.min_p is None
     return _Whole if is_whole else _Filtered

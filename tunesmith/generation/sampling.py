@@ -77,8 +77,23 @@ class Sampling:
             raise ValueError("`stop` holds an empty string: it would end every text at once")
 
 
+class RandomNumbers:
+    """The random numbers in [0, 1) of one sequence, the same whatever else is generated; drawn as they are asked for."""
+
+    _AT_ONCE = 64
+
+    def __init__(self, seed: int, prompt: int, sample: int):
+        digest = hashlib.sha256(f"{seed}:{prompt}:{sample}".encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        self._drawn: list[float] = []
+
+    def __getitem__(self, place: int) -> float:
+        while place >= len(self._drawn):
+            self._drawn += torch.rand(self._AT_ONCE, generator=self._generator, dtype=torch.float64).tolist()
+        return self._drawn[place]
+
+
 def uniforms(seed: int, prompt: int, sample: int, count: int) -> Tensor:
-    """The (count,) random numbers in [0, 1) of one sequence, float64; the same whatever else is generated."""
-    digest = hashlib.sha256(f"{seed}:{prompt}:{sample}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+    """The first (count,) of them, float64."""
+    numbers = RandomNumbers(seed, prompt, sample)
+    return torch.tensor([numbers[place] for place in range(count)], dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,11 +34,17 @@ def score(model: CausalLM, pairs: Sequence[tuple[list[int], list[int]]], batch_t
     What sequences begin with alike is computed once. batch_tokens: tokens that are computed at a time.
     """
     nothing = Sampling(max_new_tokens=1)
+    times = Counter(tuple(context) for context, continuation in pairs if continuation)
+    # Of a context that comes several times the first reads it alone: others then go on from its very end.
+    contexts = [
+        Writing([*ids, 0], nothing, -1, score_from=len(ids)) for ids, count in times.items() if count > 1 < len(ids)
+    ]
     writings = [
         Writing(context + continuation, nothing, index, score_from=len(context))
         for index, (context, continuation) in enumerate(pairs)
     ]
-    ordered = sorted((one for one in writings if pairs[one.index][1]), key=lambda one: one.prompt)
+    asked = [*contexts, *(one for one in writings if pairs[one.index][1])]
+    ordered = sorted(asked, key=lambda one: one.prompt[: one.score_from])  # each context before what goes on from it
     longest = max((len(one.prompt) for one in ordered), default=0)
     engine = Engine(
         model,

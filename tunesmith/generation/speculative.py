@@ -6,6 +6,7 @@ written is the same as without guessing (but for rounding), greedy or sampled; o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -88,23 +89,15 @@ class DraftModel:
 
     def _next(self, going: list[tuple[Writing, Memory]], place: int) -> list[int]:
         """One token more for each."""
-        steps = [(memory, memory.ids[memory.read :]) for _, memory in going if memory.unread <= 2 and memory.read]
-        chunks = [(memory, memory.unread) for _, memory in going if memory.unread > 2 or not memory.read]
-        hidden = self.reader.read(steps, chunks)
-        width = max((len(new) for _, new in steps), default=0)
-        rows: dict[int, int] = {}
-        for row, (memory, new) in enumerate(steps):
-            rows[id(memory)] = row * width + len(new) - 1
-        end = len(steps) * width
-        for memory, count in chunks:
-            end += count
-            rows[id(memory)] = end - 1
+        entries = [(memory, memory.ids[memory.read :]) for _, memory in going]
+        hidden = self.reader.read(entries)
+        ends = [end - 1 for end in itertools.accumulate(len(new) for _, new in entries)]
         for _, memory in going:
             memory.read = len(memory.ids)
-        wanted = hidden[torch.tensor([rows[id(memory)] for _, memory in going], device=hidden.device)]
+        wanted = hidden[torch.tensor(ends, device=hidden.device)]
         logits = self.reader.model.lm_head.logits(wanted).float()
         samplings = [replace(writing.sampling, logit_bias={}) for writing, _ in going]
-        numbers = [one.numbers[len(one.ids) + place] if one.numbers else 0.0 for one, _ in going]
+        numbers = [0.0 if one.numbers is None else one.numbers[len(one.ids) + place] for one, _ in going]
         drawn = torch.tensor(numbers, dtype=torch.float64, device="cpu").to(
             logits.device, torch.float32 if logits.device.type == "mps" else torch.float64
         )

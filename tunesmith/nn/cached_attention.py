@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunesmith.nn.kernels import causal_mask, chunk_mask, kernel
+from tunesmith.nn.kernels import causal_mask, kernel
 from tunesmith.nn.kv_cache import BlockPool, Chunk, Pass, Steps
 
 
@@ -20,15 +20,14 @@ def attend_cached(
     line.pool.write(layer, k, v, line.slots)
     parts = []
     end = 0
-    if line.steps is not None:
-        end = line.steps.rows * line.steps.tokens
-        parts.append(_by_block(q[:end], line.steps, line.pool, layer, window, scale, softcap))
-    for chunk in line.chunks:
-        if chunk.start > end:  # padding
-            parts.append(q.new_zeros(chunk.start - end, *q.shape[1:]))
-        rows = slice(chunk.start, chunk.stop)
-        parts.append(_chunk(q[rows], k[rows], v[rows], chunk, line.pool, layer, window, scale, softcap))
-        end = chunk.stop
+    for part in line.parts:
+        if part.start > end:  # padding
+            parts.append(q.new_zeros(part.start - end, *q.shape[1:]))
+        rows, end = slice(part.start, part.stop), part.stop
+        if isinstance(part, Steps):
+            parts.append(_steps(q[rows], part, line.pool, layer, window, scale, softcap))
+        else:
+            parts.append(_chunk(q[rows], k[rows], v[rows], part, line.pool, layer, window, scale, softcap))
     if len(q) > end:
         parts.append(q.new_zeros(len(q) - end, *q.shape[1:]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -41,17 +40,25 @@ def _chunk(q, k, v, chunk: Chunk, pool: BlockPool, layer: int, window: int | Non
     if chunk.past == 0:
         mask = causal_mask(length, window, q.device)
         return kernel(q, k, v, mask, mask is None, scale, softcap)[0].transpose(0, 1)
-    end = chunk.past + length
-    keys, values = pool.of_sequence(layer, chunk.table, end)
-    mask = chunk_mask((chunk.past, end), window, q.device)
-    y = kernel(q.to(keys.dtype), keys, values, mask, False, scale, softcap)
+    keys, values = pool.of_sequence(layer, chunk.table, chunk.past + length)
+    y = kernel(q.to(keys.dtype), keys, values, chunk.mask(window), False, scale, softcap)
     return y[0].transpose(0, 1).to(q.dtype)
+
+
+def _steps(
+    q: Tensor, steps: Steps, pool: BlockPool, layer: int, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """A few tokens of each of many sequences: q (L, H, K) -> (L, H, K)."""
+    if steps.places is None:
+        return _by_block(q, steps, pool, layer, window, scale, softcap)
+    rectangle = q.new_zeros(steps.rows * steps.tokens, *q.shape[1:]).index_copy_(0, steps.places, q)
+    return _by_block(rectangle, steps, pool, layer, window, scale, softcap).index_select(0, steps.places)
 
 
 def _by_block(
     q: Tensor, steps: Steps, pool: BlockPool, layer: int, window: int | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """One or a few tokens of each of many sequences: q (B * T, H, K) -> (B * T, H, K).
+    """T tokens of each of B sequences: q (B * T, H, K) -> (B * T, H, K).
 
     Blocks are multiplied where they lie: nothing is copied or padded to the longest sequence, and what sequences share is read once.
     Each block's part of the softmax is brought together with its owner's others (as in flash decoding, arXiv 2311.01282).

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.nn.config import DecoderConfig
+from tunesmith.nn.kernels import chunk_mask
 
 BLOCK_SIZE = 32
 """Tokens of a block: small blocks waste little behind a sequence's end, large ones are quicker to go through."""
@@ -84,6 +85,14 @@ class Chunk:
     """Tokens of the sequence before them, whose keys are in the pool."""
     table: Tensor
     """(J,) the sequence's blocks."""
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """(1, 1, T, past + T) bool, True where a token is seen."""
+        if window not in self._masks:
+            end = self.past + self.stop - self.start
+            self._masks[window] = chunk_mask((self.past, end), window, self.table.device)
+        return self._masks[window]
 
 
 @dataclass(frozen=True)
@@ -101,14 +110,19 @@ class Group:
 
 @dataclass
 class Steps:
-    """The next T tokens of each of B sequences, at the beginning of the line, attended to block by block."""
+    """The next few tokens, up to T, of each of B sequences, attended to block by block."""
 
+    start: int
+    """Where they stand in the pass's line."""
+    stop: int
     rows: int
     tokens: int
     groups: list[Group]
     positions: Tensor
     """(B, T); negative: padding."""
     block_size: int
+    places: Tensor | None = None
+    """(stop - start,) each token's place in the B * T; None: they are all there, in this order."""
     _masks: dict[int | None, list[Tensor]] = field(default_factory=dict)
 
     def masks(self, window: int | None) -> list[Tensor]:
@@ -130,7 +144,7 @@ class Steps:
 
 @dataclass
 class Pass:
-    """A forward pass over new tokens of sequences whose earlier ones are in the pool. They stand in one line: steps, then chunks."""
+    """A forward pass over new tokens of sequences whose earlier ones are in the pool. They stand in one line."""
 
     pool: BlockPool
     positions: Tensor
@@ -139,8 +153,8 @@ class Pass:
     """Blocks (L,), and places in them (L,), where their keys and values go."""
     lengths: Tensor | None
     """(L,) tokens of each token's sequence with the new ones, for rotary frequencies that depend on it."""
-    steps: Steps | None
-    chunks: list[Chunk]
+    parts: list[Steps | Chunk]
+    """What the line is made of, in its order; padding may lie between and behind."""
 
 
 def groups_of(
@@ -240,16 +254,16 @@ class KVCache:
         blocks = torch.where(where < 0, self.pool.nowhere, tables.gather(1, where.clamp(min=0) // size))
         slots = (blocks.flatten(), (where.clamp(min=0) % size).flatten())
         lengths = None if self.ids is None else ends[:, None].expand(-1, tokens).flatten()
-        steps, chunks = None, []
+        parts: list[Steps | Chunk] = []
         if tokens == 1:
             used = [table[: -(-end // size)] for table, end in zip(self.tables, ends.tolist())]
-            steps = Steps(rows, 1, groups_of(used, self.pool), where, size)
+            parts.append(Steps(0, rows, rows, 1, groups_of(used, self.pool), where, size))
         else:
             for row, real in enumerate((positions >= 0).tolist()):
                 if any(real):
                     first = row * tokens + real.index(True)
                     past = int(positions[row, real.index(True)])
                     needed = -(-int(ends[row]) // size)
-                    chunks.append(Chunk(first, first + sum(real), past, tables[row, :needed]))
+                    parts.append(Chunk(first, first + sum(real), past, tables[row, :needed]))
         self._length = ends
-        return Pass(self.pool, where.reshape(1, -1), slots, lengths, steps, chunks)
+        return Pass(self.pool, where.reshape(1, -1), slots, lengths, parts)

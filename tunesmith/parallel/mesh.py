@@ -29,6 +29,8 @@ LOSS = ("pp", *DATA, "cp")
 """Axes along which ranks hold different parts of a loss: a loss is there on the last stage of a pipeline only, 0 elsewhere."""
 SHARDS = ("dp_shard", "cp")
 """Axes over which parameters are cut."""
+A_DAY = 86_400.0
+"""Seconds that ranks wait for others where shares of the work may take very different times."""
 
 
 @dataclass
@@ -180,6 +182,33 @@ class Ranks:
     def receive(self, tensor: Tensor, sender: int) -> None:
         """Fill a contiguous tensor on the host with what `sender` sends."""
         dist.recv(_bytes(tensor), sender, group=self._group)
+
+
+class Replicas:
+    """Copies of a model that share work. Each is held by one rank, or by several, which do the same and answer as one."""
+
+    def __init__(self, mesh: Mesh | None = None):
+        """mesh: of the axes dp and tp alone; None: this process has the only copy."""
+        self._mesh, self._ranks = mesh, Ranks() if mesh is None else mesh.ranks
+        self.count, self.index = (1, 0) if mesh is None else (mesh.dp_size, mesh.dp_rank)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank, which may be one of several of its copy, speaks to the user."""
+        return self._ranks.is_main
+
+    def own(self, items: Sequence[T]) -> Sequence[T]:
+        """This copy's share of `items`: every `count`-th."""
+        return items[self.index :: self.count]
+
+    def on_all(self, make: Callable[[], T]) -> list[T]:
+        """What `make`, called on every rank, returns on the first of each copy, in their order; errors as in Ranks.on_all."""
+        results = self._ranks.on_all(make)
+        return results[:: len(results) // self.count]
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        """That of the copy's first rank: what is rounded another way somewhere must not lead ranks of one copy apart."""
+        return tensor if self._mesh is None else self._mesh.as_first(tensor, "tp")
 
 
 def _bytes(tensor: Tensor) -> Tensor:

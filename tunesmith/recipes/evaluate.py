@@ -4,6 +4,7 @@ tune run evaluate model=run/checkpoints/latest 'tasks=[hellaswag, gsm8k]' limit=
 tune run evaluate model=Qwen/Qwen3-0.6B 'tasks=[./my_task.yaml]' apply_chat_template=true
 tune run evaluate model=run/checkpoints/latest compare=Qwen/Qwen3-0.6B 'tasks=[arc_easy]' perplexity=book.txt
 tune run --nproc_per_node 2 evaluate model=… 'tasks=[mmlu]'                 each process has the model, and answers its share
+tune run --nproc_per_node 8 evaluate model=… 'tasks=[mmlu]' tensor_parallel_dim=4   four processes hold one that is too large
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from tunesmith.checkpoint.hf import explain_full_disk
 from tunesmith.config import dump
 from tunesmith.configs.evaluate import Evaluate
+from tunesmith.configs.layout import Layout
 from tunesmith.configs.shared import TokenizerConfig
 from tunesmith.data.tokenizer import Tokenizer, find_tokenizer
 from tunesmith.errors import UserError, require
@@ -35,7 +37,7 @@ from tunesmith.eval.tables import Table, difference_table, print_table, task_tab
 from tunesmith.eval.texts import TextScore, read_texts, score_file
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import device_name, pick_device, supports_bf16
-from tunesmith.parallel.mesh import Ranks, start_mesh, stop_mesh
+from tunesmith.parallel.mesh import A_DAY, Mesh, Ranks, Replicas, start_mesh, stop_mesh
 from tunesmith.training.build import DTYPES, load_model, tokenizer_folder
 from tunesmith.training.preflight import check
 from tunesmith.training.progress import format_seconds
@@ -73,14 +75,15 @@ def main(config: Evaluate) -> None:
     if (folder := _folder(config)) is not None:
         with explain_full_disk(folder):  # now, and not when all is computed
             folder.mkdir(parents=True, exist_ok=True)
-    ranks = start_mesh(device).ranks if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Ranks()
     try:
+        mesh = start_mesh(device, Layout.of(config), A_DAY)
         if config.seed is None:
-            config = dataclasses.replace(config, seed=ranks.from_main(lambda: int.from_bytes(os.urandom(4), "little")))
-        with _quiet(is_shown=ranks.is_main):
-            tasks = _load_tasks(config, ranks) if config.tasks else None
-            models = [_evaluate(config, subject, device, ranks, tasks, texts) for subject in _subjects(config)]
-        if ranks.is_main:
+            drawn = mesh.ranks.from_main(lambda: int.from_bytes(os.urandom(4), "little"))
+            config = dataclasses.replace(config, seed=drawn)
+        with _quiet(is_shown=mesh.is_main):
+            tasks = _load_tasks(config, mesh.ranks) if config.tasks else None
+            models = [_evaluate(config, subject, mesh, tasks, texts) for subject in _subjects(config)]
+        if mesh.is_main:
             _tell(config, device, models, tasks)
     finally:
         stop_mesh()
@@ -116,16 +119,15 @@ def _subjects(config: Evaluate) -> list[Subject]:
 # --- one model ---------------------------------------------------------------------------------------
 
 
-def _evaluate(
-    config: Evaluate, subject: Subject, device: torch.device, ranks: Ranks, tasks: Any, texts: dict[str, list[str]]
-) -> Evaluated:
-    model, tokenizer = _load(config, subject, device)
+def _evaluate(config: Evaluate, subject: Subject, mesh: Mesh, tasks: Any, texts: dict[str, list[str]]) -> Evaluated:
+    model, tokenizer = _load(config, subject, mesh)
+    replicas = Replicas(mesh)
     started, outcome = time.perf_counter(), Evaluated(subject.name)
     length = _length(config, subject.name, model)
     if tasks is not None:
-        _run_tasks(config, outcome, model, tokenizer, length, ranks, tasks)
+        _run_tasks(config, outcome, model, tokenizer, length, replicas, tasks)
     for file, of_file in texts.items():
-        scored = score_file(model, tokenizer, file, of_file, length, config.stride, config.batch_tokens, ranks)
+        scored = score_file(model, tokenizer, file, of_file, length, config.stride, config.batch_tokens, replicas)
         outcome.texts.append(scored)
     outcome.seconds = time.perf_counter() - started
     del model
@@ -133,9 +135,9 @@ def _evaluate(
     return outcome
 
 
-def _load(config: Evaluate, subject: Subject, device: torch.device) -> tuple[CausalLM, Tokenizer]:
-    arguments = {"adapter": subject.adapter, "quantize_base": config.quantize_base}
-    model = load_model(subject.model, dtype=DTYPES[config.dtype], device=device, **arguments)
+def _load(config: Evaluate, subject: Subject, mesh: Mesh) -> tuple[CausalLM, Tokenizer]:
+    arguments = {"adapter": subject.adapter, "quantize_base": config.quantize_base, "mesh": mesh}
+    model = load_model(subject.model, dtype=DTYPES[config.dtype], device=mesh.device, **arguments)
     templates = model.family.chat_templates if config.apply_chat_template else ()
     tokenizer = find_tokenizer(subject.tokenizer, tokenizer_folder(subject.model, subject.adapter), templates)
     if config.apply_chat_template and tokenizer.chat_template is None:
@@ -154,16 +156,22 @@ def _length(config: Evaluate, name: str, model: CausalLM) -> int:
 
 
 def _run_tasks(
-    config: Evaluate, outcome: Evaluated, model: CausalLM, tokenizer: Tokenizer, length: int, ranks: Ranks, tasks: Any
+    config: Evaluate,
+    outcome: Evaluated,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    length: int,
+    replicas: Replicas,
+    tasks: Any,
 ) -> None:
     from tunesmith.eval.harness import Files, run_tasks
     from tunesmith.eval.lm import EngineLM
 
     assert config.seed is not None
     sizes = {"max_length": length, "batch_tokens": config.batch_tokens, "batch_size": config.batch_size}
-    lm = EngineLM(model, tokenizer, outcome.name, ranks, seed=config.seed, **sizes)
+    lm = EngineLM(model, tokenizer, outcome.name, replicas, seed=config.seed, **sizes)
     folder = _folder(config)
-    files = Files(folder, lm, config) if folder is not None and ranks.is_main else None
+    files = Files(folder, lm, config) if folder is not None and replicas.is_main else None
     outcome.results = run_tasks(lm, tasks, config)
     outcome.num_truncated = lm.num_truncated
     if files is not None:

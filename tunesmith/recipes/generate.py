@@ -12,14 +12,12 @@ tune run --nproc_per_node 4 generate model=Qwen/Qwen3-32B tensor_parallel_dim=4 
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +36,7 @@ from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speculative import DraftModel, PromptLookup, check_draft
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import pick_device, supports_bf16
-from tunesmith.parallel.mesh import Mesh, start_mesh, stop_mesh
+from tunesmith.parallel.mesh import A_DAY, Mesh, Replicas, start_mesh, stop_mesh
 from tunesmith.training.build import DTYPES, load_model, tokenizer_folder
 from tunesmith.training.preflight import check
 
@@ -50,12 +48,8 @@ def main(config: Generate) -> None:
         raise UserError(f"{device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
     check_output(config.output_file)
     sampling = sampling_of(config)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        Layout.of(config).sizes(1)
-        _generate(config, device, None, read_prompts(config), sampling)
-        return
-    mesh = start_mesh(device, Layout.of(config))
     try:
+        mesh = start_mesh(device, Layout.of(config), A_DAY)
         prompts = mesh.ranks.from_main(lambda: read_prompts(config))
         if sampling.seed is None:
             sampling = replace(sampling, seed=mesh.ranks.from_main(lambda: secrets.randbits(32)))
@@ -65,7 +59,7 @@ def main(config: Generate) -> None:
 
 
 def _generate(
-    config: Generate, device: torch.device, mesh: Mesh | None, prompts: list[str | ChatPrompt], sampling: Sampling
+    config: Generate, device: torch.device, mesh: Mesh, prompts: list[str | ChatPrompt], sampling: Sampling
 ) -> None:
     options = {"dtype": DTYPES[config.dtype], "device": device, "quantize_base": config.quantize_base, "mesh": mesh}
     model = load_model(config.model, adapter=config.adapter, **options)
@@ -78,15 +72,14 @@ def _generate(
     streams = (
         config.stream if config.stream is not None else len(prompts) * config.num_samples == 1 and sys.stdout.isatty()
     )
-    is_main = mesh is None or mesh.is_main
-    if mesh is not None and mesh.dp_size > 1:
+    replicas = Replicas(mesh)
+    if replicas.count > 1:
         streams = False  # the prompts of others are written meanwhile
-    own = range(len(prompts)) if mesh is None else range(mesh.dp_rank, len(prompts), mesh.dp_size)
+    own = replicas.own(range(len(prompts)))
     names = [(_in_short(prompt), sample) for prompt in prompts for sample in range(config.num_samples)]
     printer = Printer(names, config.num_samples, sys.stdout)
     started = time.perf_counter()
     own_prompts = [_as_given(prompts[number]) for number in own]
-    agree = None if mesh is None else partial(mesh.as_first, axis="tp")
     if config.num_beams > 1:
         completions = search_completions(
             model,
@@ -97,7 +90,7 @@ def _generate(
             num_samples=config.num_samples,
             batch_size=config.batch_size,
             chat=config.chat,
-            agree=agree,
+            agree=replicas.agree,
         )
         streams = False
     else:
@@ -108,17 +101,16 @@ def _generate(
             sampling,
             batch_size=1 if streams else config.batch_size,
             chat=config.chat,
-            on_text=printer.piece if streams and is_main else None,
-            agree=agree,
+            on_text=printer.piece if streams and replicas.is_main else None,
+            agree=replicas.agree,
             cache_tokens=config.cache_tokens,
             drafter=drafter,
             compile=config.compile,
             exact_logprobs=config.exact_logprobs,
             places=own,
         )
-    if mesh is not None:
-        completions = _gathered(mesh, list(own), completions, config.num_samples)
-    if not is_main:
+    completions = _gathered(replicas, list(own), completions, config.num_samples)
+    if not replicas.is_main:
         return
     seconds = time.perf_counter() - started
     if not streams:
@@ -162,11 +154,11 @@ def open_drafter(config: Generate, model: CausalLM, options: dict[str, Any]) -> 
     return lambda cache_tokens: DraftModel(draft, cache_tokens, guess.num_tokens or 4)
 
 
-def _gathered(mesh: Mesh, own: list[int], completions: list[Completion], num_samples: int) -> list[Completion]:
-    """Those of all ranks, in the prompts' order."""
+def _gathered(replicas: Replicas, own: list[int], completions: list[Completion], num_samples: int) -> list[Completion]:
+    """Those of all replicas, in the prompts' order."""
     found: dict[int, list[Completion]] = {}
-    for numbers, of_rank in mesh.ranks.gather((own, completions)):
-        found |= {number: of_rank[i * num_samples : (i + 1) * num_samples] for i, number in enumerate(numbers)}
+    for numbers, theirs in replicas.on_all(lambda: (own, completions)):
+        found |= {number: theirs[i * num_samples : (i + 1) * num_samples] for i, number in enumerate(numbers)}
     return [completion for number in sorted(found) for completion in found[number]]
 
 
@@ -198,6 +190,17 @@ def _read(option: str, path: str) -> str:
 
 def read_prompts(config: Generate) -> list[str | ChatPrompt]:
     """The prompts that the config names, or the one on standard input."""
+    try:
+        prompts = _prompts(config)
+        for prompt in prompts:
+            # Bytes of another encoding come as letters that UTF-8 can't hold.
+            (prompt if isinstance(prompt, str) else prompt.user + (prompt.system or "")).encode()
+    except UnicodeError as error:
+        raise UserError("a prompt is no UTF-8 text: convert it first") from error
+    return prompts
+
+
+def _prompts(config: Generate) -> list[str | ChatPrompt]:
     if config.prompt is None:
         if sys.stdin.isatty():
             print("Type the prompt; end it with Ctrl-D on a line of its own.", file=sys.stderr)

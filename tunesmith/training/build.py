@@ -40,6 +40,7 @@ from tunesmith.training.preflight import (
     check_vocabulary,
     frozen_stages,
     labels_of,
+    spread_quantized,
     warn_of_another_base,
 )
 
@@ -300,9 +301,7 @@ def load_model(
     model, place = found.model, pick_device(str(device))
     if mesh is not None and mesh.size("tp") > 1:
         if model.hf_config.get("quantization_config"):
-            raise UserError(
-                f"{path} is quantized, and such a model is not spread over ranks: leave `tensor_parallel_dim` at 1"
-            )
+            raise UserError(spread_quantized(path))
         apply_tensor_parallel(model, model.family.tp_plan, mesh, sequence_parallel=False)
     load_weights(model, found.folder, model.family, device=place, without=found.brought)
     _add_adapter(found, place)

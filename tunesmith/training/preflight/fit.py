@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 def fit_problems(config: Any, notes: list[str]) -> Iterator[str]:
     """What the numbers in config.json decide for a run that trains, or spreads a model over ranks."""
     if not hasattr(config, "weights"):
-        if getattr(config, "tensor_parallel_dim", 1) > 1 and (found := shape_of(config)) is not None:
-            yield from Layout.of(config).problems(found[1], quantized=config.quantize_base)
+        if getattr(config, "tensor_parallel_dim", 1) > 1:
+            for model in (config.model, *getattr(config, "compared", ())):
+                yield from _spread_problems(config, model, config.quantize_base)
+            if draft := option_of(config, "speculative", "draft_model"):
+                yield from _spread_problems(config, draft, quantize=False)
         return
     from tunesmith.nn.targets import choose_layers
 
@@ -32,7 +35,7 @@ def fit_problems(config: Any, notes: list[str]) -> Iterator[str]:
         if (found := shape_of(config)) is None:
             return
         family, shape = found
-        check_trainable(config, _config_json(config))
+        check_trainable(config, _config_json(config.model))
         yield from layout_problems(config, shape)
         yield from group_problems(config, family, shape)
         if config.weights.type == "lora" and config.weights.adapter is None:
@@ -43,6 +46,26 @@ def fit_problems(config: Any, notes: list[str]) -> Iterator[str]:
         return
     unloadable = warn_of_unloadable(family, per_token=getattr(config, "task", None) == "process")
     notes += filter(None, (warn_of_length(config, shape), unloadable))
+
+
+def _spread_problems(config: Any, model: str, quantize: bool) -> Iterator[str]:
+    """What keeps a `model` that only computes from being held by several ranks together. quantize: it is held in 4-bit numbers."""
+    try:
+        found = shape_of(config, model)
+    except UserError as error:
+        yield str(error)
+        return
+    if _config_json(model).get("quantization_config"):
+        yield spread_quantized(model)
+    elif found is not None:
+        which = "" if model == config.model else f"{model}: "
+        for problem in Layout.of(config).problems(found[1], quantized=quantize):
+            yield which + problem
+
+
+def spread_quantized(model: str | Path) -> str:
+    """The sentence for a model whose rounded weights can't be cut."""
+    return f"{model} is quantized, and such a model is not spread over ranks: leave `tensor_parallel_dim` at 1"
 
 
 def label_problems(config: Any, notes: list[str]) -> Iterator[str]:
@@ -155,20 +178,21 @@ def check_trainable(config: Any, hf_config: dict[str, Any]) -> None:
         )
 
 
-def _config_json(config: Any) -> dict[str, Any]:
-    file = follow_latest(Path(config.model).expanduser()) / "config.json"
+def _config_json(model: str) -> dict[str, Any]:
+    file = follow_latest(Path(model).expanduser()) / "config.json"
     return read_json(file) if file.is_file() else {}
 
 
-def shape_of(config: Any) -> tuple[Family, DecoderConfig] | None:
-    """Family and numbers of the model, where they are here. Raises UserError for what is wrong with them."""
+def shape_of(config: Any, model: str | None = None) -> tuple[Family, DecoderConfig] | None:
+    """Family and numbers of `model`, or the config's, where they are here. Raises UserError for what is wrong with them."""
     from tunesmith.models.families import model_config, named_sizes
 
-    folder, changes = follow_latest(Path(config.model).expanduser()), getattr(config, "model_args", None) or {}
+    name: str = model or config.model
+    folder, changes = follow_latest(Path(name).expanduser()), getattr(config, "model_args", None) or {}
     if (folder / "config.json").is_file():
         hf_config, family, shape = model_config(folder)
-    elif config.model.count("/") == 1 and config.model in named_sizes():
-        family, hf_config, _ = named_sizes()[config.model]
+    elif name.count("/") == 1 and name in named_sizes():
+        family, hf_config, _ = named_sizes()[name]
         shape = family.read_config(hf_config)
     else:
         return None
