@@ -189,7 +189,7 @@ def _tell(config: Evaluate, device: torch.device, models: list[Evaluated], tasks
     for model in models:
         if model.num_truncated:
             print(
-                f"{model.name}: {model.num_truncated} requests were longer than its context and lost their beginning",
+                f"{model.name}: requests longer than its context, which lost their beginning: {model.num_truncated}",
                 file=sys.stderr,
             )
     if (folder := _folder(config)) is not None:
