@@ -33,6 +33,11 @@ UNUSED_FILES = ("*.bin", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf",
 """The same weights in formats that are never read here."""
 
 
+def tokenizer_home(own: Path, base: Path) -> Path:
+    """Where the tokenizer of an adapter in `own` is: one saved with it is preferred to its base's."""
+    return own if any((own / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")) else base
+
+
 def resolve(
     path_or_id: str | Path,
     what: str = "model",

@@ -91,6 +91,12 @@ def test_tasks_give_a_table_and_the_harness_files(capsys, tiny_model, task_folde
     assert "Examples of answers" in page and "acc_norm" in page and "recipe: evaluate" in page
 
 
+def test_a_seed_that_is_drawn_is_told(tiny_model, task_folder, tmp_path):
+    main(config_of(tiny_model, tasks=[str(task_folder / "answers.yaml")], limit=1, seed=None, output_dir=str(tmp_path)))
+    seed = results_in(tmp_path)["config"]["numpy_seed"]
+    assert isinstance(seed, int) and f"seed: {seed}" in (tmp_path / "report.html").read_text()
+
+
 def test_a_folder_stands_for_its_tasks(capsys, tiny_model, task_folder):
     main(config_of(tiny_model, tasks=[str(task_folder)], limit=2, output_dir=None))
     out = capsys.readouterr().out
@@ -139,6 +145,14 @@ def test_two_models_side_by_side(capsys, tiny_model, texts, task_folder, tmp_pat
     out = capsys.readouterr().out
     assert f"{far} (other) against {tiny_model} (first)" in out and "significantly worse" in out
     assert len(list((tmp_path / "out").rglob("results_*.json"))) == 3
+
+
+def test_the_newest_checkpoint_of_a_run_is_compared(capsys, tiny_model, texts, tmp_path):
+    changed(tiny_model, 0.1, tmp_path / "checkpoints" / "step-00000002")
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000002\n")
+    latest = str(tmp_path / "checkpoints" / "latest")
+    main(config_of(tiny_model, compare=latest, perplexity=str(texts / "book.txt"), output_dir=None))
+    assert f"{latest} (other) against" in capsys.readouterr().out
 
 
 def test_an_adapter_is_compared_with_its_base(capsys, tiny_model, texts, tmp_path):
@@ -285,21 +299,46 @@ BROKEN = {
         "/nowhere/rows.jsonl",
     ),
     "key.yaml": ("task: x\ndataset_path: json\nnonsense: 1\n", "nonsense"),
+    "metric.yaml": (
+        "METRIC accu, aggregation: mean",
+        "the metric accu of x is unknown, or can't be fetched; did you mean `acc",
+    ),
+    "aggregation.yaml": (
+        "METRIC acc, aggregation: meen",
+        "x aggregates acc in a way that is unknown; there are .*mean",
+    ),
+    "split.yaml": ("SPLIT tst", "there is no 'tst'; is a split or a field misspelled"),
+    "row.yaml": ("ROWS {}", "one of them can't be asked or scored: TypeError"),
     "code.yaml": ("task: dangerous\nunsafe_code: true\n", "dangerous executes the code that the model writes"),
 }
+
+
+def _task(folder, content: str) -> str:
+    """A task over two rows with one thing wrong; other contents are as they are."""
+    what, _, value = content.partition(" ")
+    if what not in ("METRIC", "SPLIT", "ROWS"):
+        return content
+    given = {"METRIC": "acc, aggregation: mean", "SPLIT": "train", "ROWS": '{"question": "b"}'} | {what: value}
+    (folder / "rows.jsonl").write_text('{"question": "a"}\n' + given["ROWS"] + "\n")
+    return (
+        f"task: x\ndataset_path: json\ndataset_kwargs: {{data_files: {folder / 'rows.jsonl'}}}\ntest_split: {given['SPLIT']}\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{question + \"\"}}'\ndoc_to_choice: [a, b]\ndoc_to_target: 0\n"
+        f"metric_list: [{{metric: {given['METRIC']}}}]\n"
+    )
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_task_files_are_told(tiny_model, tmp_path, name):
     content, message = BROKEN[name]
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(_task(tmp_path, content))
     for spec in (str(tmp_path / name), str(tmp_path)):
         with pytest.raises(UserError, match=message) as raised:
             main(config_of(tiny_model, tasks=[spec], output_dir=None))
         assert "\n" not in str(raised.value)
 
 
-def test_mistakes_are_told(tiny_model, tmp_path):
+def test_mistakes_are_told(tiny_model, task_folder, tmp_path):
+    answers = {"tasks": [str(task_folder / "answers.yaml")], "limit": 3}
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "rows.jsonl").write_text('{"question": "x"}\n')
@@ -312,9 +351,16 @@ def test_mistakes_are_told(tiny_model, tmp_path):
         ({"perplexity": str(tmp_path / "blank.txt")}, "blank.txt holds no text"),
         ({"perplexity": str(tmp_path / "rows.jsonl")}, "rows.jsonl:1: there is no `text`"),
         ({"perplexity": "README.md", "compare": "./absent"}, "`compare`: there is no folder ./absent"),
+        (
+            {**answers, "num_fewshot": 500},
+            "fewer solved examples than are to stand before a question: lower `num_fewshot`",
+        ),
+        ({**answers, "gen_kwargs": {"temperature": "hot"}}, "generation arguments of a task: .*hot"),
+        ({**answers, "gen_kwargs": {"max_gen_toks": None, "top_p": "x"}}, "generation arguments of a task: "),
         ({"perplexity": "README.md", "max_length": 9999}, "can read 512 tokens, not 9999"),
-        ({"perplexity": "README.md", "stride": 600}, "a stride of 600 tokens"),
+        ({"perplexity": "README.md", "stride": 600}, "`stride` = 600 leaves gaps: .* reads 512 tokens at a time"),
         ({"perplexity": "README.md", "output_dir": "README.md"}, "`output_dir`: README.md is a file"),
+        ({"perplexity": "README.md", "output_dir": "README.md/out"}, "`output_dir`: README.md/out can't be written to"),
     ]:
         with pytest.raises(UserError, match=message):
             main(config_of(tiny_model, **{"output_dir": None, **options}))

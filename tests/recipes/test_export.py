@@ -1,6 +1,7 @@
 """Export end to end: adapters merged, number types and shards changed, mistakes refused; transformers and PEFT agree with the result."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,12 +12,18 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 from tunesmith.checkpoint.adapter import save_adapter
 from tunesmith.checkpoint.check import probe_ids
+from tunesmith.config import load_config
+from tunesmith.config import run as run_config
 from tunesmith.configs.export import Export
 from tunesmith.errors import UserError
 from tunesmith.nn.lora import adapter_state, apply_lora, reset_adapters
 from tunesmith.nn.scheme import Scheme
 from tunesmith.recipes import export
+from tunesmith.training import preflight
 from tunesmith.training.build import load_model
+from tunesmith.training.convert import replacing
+
+SCHEME = {"export": [], "quantize": ["scheme.type=int8_weight_only", "device=cpu"]}
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +78,17 @@ def test_adapter_is_merged_into_the_unquantized_base(base, tmp_path, capsys, use
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"from": "base"}'
     assert not list(tmp_path.glob(".*partial"))
     printed = capsys.readouterr().out
+    assert re.search(r"wrote .*: \d+ files, \d[\d.]* MB", printed)
     assert "14 adapter layers of" in printed and "largest difference of the logits" in printed
 
 
 def test_tokenizer_saved_with_the_adapter_is_preferred(base, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter")
     (adapter / "tokenizer_config.json").write_text('{"from": "adapter"}')
+    run(adapter, tmp_path / "without")  # a setting without a tokenizer is none
+    assert (tmp_path / "without" / "tokenizer_config.json").read_text() == '{"from": "base"}'
+    assert (tmp_path / "without" / "tokenizer.json").is_file()
+    (adapter / "tokenizer.json").write_text("{}")
     (adapter / "chat_template.jinja").write_text("template")
     run(adapter, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"from": "adapter"}'
@@ -139,6 +151,33 @@ def test_full_folders_are_refused_and_empty_ones_taken(base, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.mark.parametrize("recipe", ["export", "quantize"])
+def test_folders_that_cant_be_written(base, tmp_path, monkeypatch, recipe):
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "here")
+    for folder, message in [
+        (".", "is the current folder"),
+        ("../file/out", "can't be written to"),
+        ("/proc/out", "can't be written"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            preflight.check(config := load_config(recipe, f"model={base}", f"output_dir={folder}", *SCHEME[recipe]))
+            run_config(config)
+    run_config(load_config(recipe, f"model={base}", "output_dir=~/out", *SCHEME[recipe]))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "here", "out"} and not list(
+        (tmp_path / "here").iterdir()
+    )
+
+
+def test_what_came_meanwhile_is_left(tmp_path):
+    with pytest.raises(UserError, match="out can't be written"), replacing(tmp_path / "out", only_empty=True):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "other").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "other"]
+
+
 def test_mistakes(base, tmp_path):
     with pytest.raises(UserError, match="`base` is for adapters"):
         run(base, tmp_path / "out", base=str(base))
@@ -148,6 +187,8 @@ def test_mistakes(base, tmp_path):
     with pytest.raises(UserError, match="doesn't name its base: set `base`"):
         run(adapter, tmp_path / "out")
     run(adapter, tmp_path / "out", base=str(base))
+    with pytest.raises(UserError, match="`base`: there is no folder nowhere"):
+        preflight.check(Export(model=str(adapter), base="nowhere", output_dir=str(tmp_path / "absent")))
     shutil.copytree(base, tmp_path / "quantized")
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = Scheme("int4_weight_only", 32).to_config([])

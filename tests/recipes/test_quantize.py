@@ -217,6 +217,9 @@ def test_mistakes_are_told_before_weights_are_read(tmp_path, tiny_model, text):
         "scheme.group_size=32",
     )
     assert "int8_dynamic" in refused(ConfigError, "scheme.type", into, model, "scheme.type=int3")
+    (tmp_path / "blank.txt").write_text("\n")
+    blank = [into, model, "calibration.method=gptq", f"calibration.data={tmp_path / 'blank.txt'}"]
+    refused(UserError, "`calibration.data`: ", *blank)
     said = refused(UserError, "and 128 samples of 512 need 65536: give more text", *gptq)
     assert re.search(r"take `calibration.num_samples=\d+`", said)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import random
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from lm_eval.loggers.utils import get_commit_from_path
 from tunesmith.configs.evaluate import Evaluate
 from tunesmith.errors import UserError
 from tunesmith.eval.lm import EngineLM
-from tunesmith.eval.tasks import Loaded
+from tunesmith.eval.tasks import Loaded, in_words
 
 BOOTSTRAPS = 100_000
 """The harness's own number, for standard errors of what is no mean."""
@@ -32,10 +33,9 @@ Results = dict[str, Any]
 
 def prepare(loaded: Loaded, config: Evaluate) -> None:
     """Give the tasks the settings that go before their own. To be called before each model: examples are drawn anew."""
-    seed = 1234 if config.seed is None else config.seed
     random.seed(_PYTHON_SEED)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    numpy.random.seed((config.seed or 0) % 2**32)
+    torch.manual_seed(config.seed or 0)
     for task in loaded["tasks"].values():
         if config.gen_kwargs and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value=dict(config.gen_kwargs), update=True)
@@ -66,14 +66,28 @@ def run_tasks(lm: EngineLM, loaded: Loaded, config: Evaluate) -> Results:
             fewshot_as_multiturn=config.fewshot_as_multiturn,
             confirm_run_unsafe_code=config.confirm_run_unsafe_code,
         )
-    except ValueError as error:
-        if "did not find any docs" in str(error):
-            raise UserError(
-                "`tasks`: a task has no examples; is its data file empty, or its split misspelled?"
-            ) from error
-        raise
+    except Exception as error:
+        if isinstance(error, UserError) or _is_ours(error):
+            raise
+        raise UserError(f"`tasks`: {_in_words(error)}") from error
     assert results is not None
     return {**results, **_about(lm, config, started)}
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it comes from below a call of our engine by the harness, not from a task."""
+    package = Path(__file__).parents[1]
+    _, *below = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(Path(file).is_relative_to(package) for file in below)
+
+
+def _in_words(error: Exception) -> str:
+    """What a task, its data or a function of its own has done."""
+    if "did not find any docs" in str(error):
+        return "a task has no examples; is its data file empty, or its split misspelled?"
+    if "Sample larger than population" in str(error):
+        return "a task has fewer solved examples than are to stand before a question: lower `num_fewshot`"
+    return f"one of them can't be asked or scored: {in_words(error)}"
 
 
 def aggregation(loaded: Loaded, task: str, metric: str) -> Callable[[list[Any]], float] | None:
@@ -122,10 +136,10 @@ def _about(lm: EngineLM, config: Evaluate, started: float) -> Results:
 class Files:
     """Writes results as the harness does: OUTPUT/MODEL/results_DATE.json and, if asked for, samples_TASK_DATE.jsonl."""
 
-    def __init__(self, output_dir: str, lm: EngineLM, config: Evaluate):
+    def __init__(self, folder: Path, lm: EngineLM, config: Evaluate):
         """To be made before the evaluation begins: it measures how long that takes."""
-        self.tracker = EvaluationTracker(output_path=output_dir)
-        self.folder, self.with_samples = Path(output_dir), config.log_samples
+        self.tracker = EvaluationTracker(output_path=str(folder))
+        self.folder, self.with_samples = folder, config.log_samples
         self.tracker.general_config_tracker.log_experiment_args(
             model_source="tunesmith",
             model_args={"pretrained": lm.name},

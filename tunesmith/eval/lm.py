@@ -175,9 +175,12 @@ class EngineLM(TemplateLM):
 
     def _sampling(self, arguments: dict[str, Any]) -> Sampling:
         """A task's generation arguments."""
-        known: Any = normalize_gen_kwargs(arguments, _MAX_NEW_TOKENS)
-        draws = known.pop("do_sample")
-        temperature = float(known.pop("temperature", 1.0 if draws else 0.0))
+        try:
+            known: Any = normalize_gen_kwargs(arguments, _MAX_NEW_TOKENS)
+            draws = known.pop("do_sample")
+            temperature = float(known.pop("temperature", 1.0 if draws else 0.0))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"generation arguments of a task: {error}") from error
         stops = [text for text in dict.fromkeys(known.pop("until")) if text]
         special = {text: self.engine_tokenizer.token_to_id(text) for text in stops}
         special = {text: number for text, number in special.items() if number in self.engine_tokenizer.special_ids}
@@ -198,7 +201,7 @@ class EngineLM(TemplateLM):
                 seed=self.seed,
                 **{name: value for name, value in filters.items() if value},
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"generation arguments of a task: {error}") from error
 
     def _fitting(self, context: Ids, sampling: Sampling) -> Ids:

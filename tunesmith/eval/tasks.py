@@ -13,6 +13,7 @@ from typing import Any
 
 import lm_eval.tasks
 import yaml
+from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -74,8 +75,8 @@ def _specs(name: str, manager: TaskManager) -> Iterator[str]:
         yield name
     else:
         raise UserError(
-            f"`tasks`: no task {name}{did_you_mean(name, {*_places(), *manager.task_index})}; lm-eval ls tasks lists them, "
-            "and a task of your own is named by its file, such as ./my_task.yaml"
+            f"`tasks`: no task {name}{did_you_mean(name, {*_places(), *manager.task_index})} (`lm-eval ls tasks` lists them; "
+            "a task of your own is named by its file, such as ./my_task.yaml)"
         )
 
 
@@ -85,16 +86,35 @@ def _is_in(file: Path | None, folder: Path) -> bool:
 
 def _loaded(manager: TaskManager, specs: list[str]) -> Loaded:
     try:
-        return dict(manager.load(specs))
+        loaded: Loaded = dict(manager.load(specs))
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a task's file or its data may do
-        raise UserError(f"`tasks`: {_in_words(error)} (while {', '.join(specs[:3])} was loaded)") from error
+        raise UserError(f"`tasks`: {in_words(error)} (while {', '.join(specs[:3])} was loaded)") from error
+    for name, task in loaded["tasks"].items():
+        _check_metrics(name, task)
+    return loaded
 
 
-def _in_words(error: Exception) -> str:
+def _check_metrics(name: str, task: Any) -> None:
+    """Raise UserError for what a task is to be scored by and the harness doesn't know: it leaves it out, or fails at the end."""
+    has_own_way = task.get_config("process_results") is not None
+    for metric, function in () if has_own_way else getattr(task, "_metric_fn_list", {}).items():
+        if function is None:
+            meant = did_you_mean(metric, set(METRIC_REGISTRY) - {metric})
+            raise UserError(f"`tasks`: the metric {metric} of {name} is unknown, or can't be fetched{meant}")
+    for metric, function in task.aggregation().items():
+        if function is None:
+            known = ", ".join(sorted(AGGREGATION_REGISTRY))
+            raise UserError(f"`tasks`: {name} aggregates {metric} in a way that is unknown; there are {known}")
+
+
+def in_words(error: Exception) -> str:
+    """An error in a task's file, its data or its code, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     kind = type(error).__name__
+    if kind == "KeyError":
+        return f"there is no {text}; is a split or a field misspelled?"
     if kind in ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"):
         return f"the data could not be fetched: {text}"
     return text if isinstance(error, ValueError | FileNotFoundError) else f"{kind}: {text}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunesmith.errors import UserError
+from tunesmith.training.progress import format_bytes
 
 
 @dataclass(frozen=True)
@@ -47,5 +48,5 @@ class Exported:
         """What to print about it, once it lies in `output`."""
         files = [path for path in output.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
-        wrote = f"wrote {output}: {len(files)} file{'s' * (len(files) != 1)}, {size / 1e9:.3g} GB"
+        wrote = f"wrote {output}: {len(files)} file{'s' * (len(files) != 1)}, {format_bytes(size)}"
         return [wrote, *map(str, self.checks), *self.notes]

@@ -40,14 +40,13 @@ class Source:
     @property
     def tokenizer(self) -> Path:
         """Where the tokenizer's files are: an adapter's own, saved with it, are preferred to its base's."""
-        has_own = (self.folder / "tokenizer_config.json").is_file() or (self.folder / "tokenizer.json").is_file()
-        return self.folder if self.base is None or has_own else self.base
+        return hub.tokenizer_home(self.folder, self.weights)
 
     @property
     def stem(self) -> str:
-        """What to call a file of it: the last part of its name."""
-        path = Path(self.name)
-        return re.sub(r"[^\w.-]+", "-", path.resolve().name if path.exists() else self.name.rpartition("/")[2])
+        """What to call a file of it: the last part of its name; of checkpoints/latest the checkpoint's."""
+        is_here = Path(self.name).expanduser().exists()
+        return re.sub(r"[^\w.-]+", "-", self.folder.resolve().name if is_here else self.name.rpartition("/")[2])
 
     def stream(self, device: str) -> CausalLM:
         """The model, adapter included, its weights still in their files. Raises UserError for an adapter that changes nothing."""

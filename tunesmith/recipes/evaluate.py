@@ -14,6 +14,7 @@ import dataclasses
 import gc
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.checkpoint.hf import explain_full_disk
 from tunesmith.config import dump
 from tunesmith.configs.evaluate import Evaluate
 from tunesmith.configs.layout import Layout
@@ -70,8 +72,14 @@ def main(config: Evaluate) -> None:
     if config.dtype == "bf16" and not supports_bf16(device):
         raise UserError(f"{device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
     texts = {file: read_texts(file) for file in config.text_files}
+    if (folder := _folder(config)) is not None:
+        with explain_full_disk(folder):  # now, and not when all is computed
+            folder.mkdir(parents=True, exist_ok=True)
     try:
         mesh = start_mesh(device, Layout.of(config), A_DAY)
+        if config.seed is None:
+            drawn = mesh.ranks.from_main(lambda: int.from_bytes(os.urandom(4), "little"))
+            config = dataclasses.replace(config, seed=drawn)
         with _quiet(is_shown=mesh.is_main):
             tasks = _load_tasks(config, mesh.ranks) if config.tasks else None
             models = [_evaluate(config, subject, mesh, tasks, texts) for subject in _subjects(config)]
@@ -159,10 +167,11 @@ def _run_tasks(
     from tunesmith.eval.harness import Files, run_tasks
     from tunesmith.eval.lm import EngineLM
 
-    seed = 0 if config.seed is None else config.seed
+    assert config.seed is not None
     sizes = {"max_length": length, "batch_tokens": config.batch_tokens, "batch_size": config.batch_size}
-    lm = EngineLM(model, tokenizer, outcome.name, replicas, seed=seed, **sizes)
-    files = Files(config.output_dir, lm, config) if config.output_dir and replicas.is_main else None
+    lm = EngineLM(model, tokenizer, outcome.name, replicas, seed=config.seed, **sizes)
+    folder = _folder(config)
+    files = Files(folder, lm, config) if folder is not None and replicas.is_main else None
     outcome.results = run_tasks(lm, tasks, config)
     outcome.num_truncated = lm.num_truncated
     if files is not None:
@@ -180,12 +189,10 @@ def _tell(config: Evaluate, device: torch.device, models: list[Evaluated], tasks
     for model in models:
         if model.num_truncated:
             print(
-                f"{model.name}: {model.num_truncated} requests were longer than its context and lost their beginning",
+                f"{model.name}: requests longer than its context, which lost their beginning: {model.num_truncated}",
                 file=sys.stderr,
             )
-    if config.output_dir:
-        folder = Path(config.output_dir).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+    if (folder := _folder(config)) is not None:
         _write_json(folder / "perplexity.json", {model.name: [text.row() for text in model.texts] for model in models})
         _write_json(folder / "comparison.json", [one.row() for one in differences])
         facts = [device_name(device), config.dtype, *(f"{model.name}: {_facts(model)}" for model in models)]
@@ -215,6 +222,11 @@ def _differences(first: Evaluated, other: Evaluated, tasks: Any) -> list[Differe
     from tunesmith.eval.harness import aggregation
 
     return compare_tasks(first.results, other.results, other.name, lambda *key: aggregation(tasks, *key)) + found
+
+
+def _folder(config: Evaluate) -> Path | None:
+    """Where files go."""
+    return Path(config.output_dir).expanduser() if config.output_dir else None
 
 
 def _facts(model: Evaluated) -> str:

@@ -10,23 +10,21 @@ What is written is read back by its consumer and compared with the model; above 
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tunesmith.configs.export import Export
 from tunesmith.errors import UserError
 from tunesmith.export.formats import find_writer
 from tunesmith.export.source import find_source
+from tunesmith.training.convert import replacing
 
 
 def main(config: Export) -> None:
-    output = Path(config.output_dir)
+    output = Path(config.output_dir).expanduser()
     check_output(output)
     write = find_writer(config.format)
     source = find_source(config.model, config.base)
-    with all_or_nothing(output) as folder:
+    with replacing(output, only_empty=True) as folder:
         exported = write(source, folder, config)
     print("\n".join(exported.lines(output)))
 
@@ -35,19 +33,3 @@ def check_output(output: Path) -> None:
     """Raise UserError where there is something already."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output_dir {output} is not empty: choose another, or remove it first")
-
-
-@contextmanager
-def all_or_nothing(output: Path) -> Iterator[Path]:
-    """A hidden folder that is renamed to `output` at the end, and removed if there is an error before."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

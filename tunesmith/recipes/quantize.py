@@ -36,6 +36,7 @@ from tunesmith.training.build import DTYPES, load_model, stream_model
 from tunesmith.training.calibrate import calibrate, calibration_samples
 from tunesmith.training.convert import replacing, write_model
 from tunesmith.training.preflight import check, check_roundable
+from tunesmith.training.progress import format_bytes
 
 LONGEST = 2048
 """Tokens that are read at a time, where the config and the model allow it."""
@@ -44,7 +45,7 @@ LONGEST = 2048
 def main(config: Quantize) -> None:
     check(config)
     scheme, device = Scheme(config.scheme.type, config.scheme.group_size), pick_device(config.device)
-    output = Path(config.output_dir)
+    output = Path(config.output_dir).expanduser()
     if device.type == "mps" and scheme.kind.levels == "float8":
         raise UserError(f"`scheme.type: {scheme.type}`: mps has no 8-bit floating-point numbers; set `device=cpu`")
     source = find_source(config.model, config.base)
@@ -52,7 +53,8 @@ def main(config: Quantize) -> None:
     dtype = DTYPES[config.dtype] if config.dtype else stated_dtype(source.hf_config)
     files = config.perplexity.text_files or config.calibration.data_files
     tokenizer = find_tokenizer(config.tokenizer, source.tokenizer) if files else None
-    texts = [text for file in files for text in read_texts(file, "perplexity.files")][: config.perplexity.max_texts]
+    option = "perplexity.files" if config.perplexity.text_files else "calibration.data"
+    texts = [text for file in files for text in read_texts(file, option)][: config.perplexity.max_texts]
     samples = read_samples(config, tokenizer) if tokenizer and config.calibration.method != "none" else None
 
     load = load_model if tokenizer else stream_model  # for a few tokens weights may stay in their files
@@ -69,7 +71,7 @@ def main(config: Quantize) -> None:
     with rounded(model, scheme, chosen):
         ours = probe_logits(model)
     shard_size = parse_size(config.max_shard_size)
-    with replacing(output) as folder:
+    with replacing(output, only_empty=True) as folder:
         written = write_model(model, folder, scheme, dtype, source.weights, source.tokenizer, shard_size, chosen)
         tolerance = config.tolerance or max(TOLERANCES[dtype], 1e-2 if scheme.rounds_inputs else 0.0)
         difference = check_rounded_logits(ours, logits_from_files(folder, device), tolerance, str(output))
@@ -113,9 +115,5 @@ def _layers(model: CausalLM, written: Written) -> str:
 def _size(written: Written, dtype: torch.dtype) -> str:
     """What is saved: of int4, too, torchao's files hold a byte a number."""
     each = written.quantized_size / written.quantized_count
-    sizes = f"{in_bytes(written.size)} instead of {in_bytes(written.plain_size)} in {str(dtype).removeprefix('torch.')}"
+    sizes = f"{format_bytes(written.size)} instead of {format_bytes(written.plain_size)} in {str(dtype).removeprefix('torch.')}"
     return f"size of the weights: {sizes}; a quantized weight takes {each:.3f} bytes"
-
-
-def in_bytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

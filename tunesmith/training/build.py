@@ -396,11 +396,9 @@ def tokenizer_folder(model: str, adapter: str | None = None) -> Path:
     """Where the tokenizer of a model, or of one with an adapter, is: an adapter made here brings its own, others use their base's."""
     folder = hub.resolve(model)
     own = hub.resolve(adapter, what="adapter") if adapter else folder
-    if any((own / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return own
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return base_of(folder, None)
-    return folder
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    base = base_of(folder, None) if is_adapter else folder
+    return hub.tokenizer_home(own, hub.tokenizer_home(folder, base))
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype:

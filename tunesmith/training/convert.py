@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tunesmith import hub
-from tunesmith.checkpoint.hf import MAX_SHARD_SIZE, copy_files, verify
+from tunesmith.checkpoint.hf import MAX_SHARD_SIZE, copy_files, explain_full_disk, verify
 from tunesmith.checkpoint.load import read_model_config, stated_dtype
 from tunesmith.checkpoint.quantized import Quantized, Written, write_quantized
 from tunesmith.models.decoder import CausalLM
@@ -38,16 +38,24 @@ def quantize_repository(
     # The base is rounded before the adapter is merged into it, as it was in training.
     model = stream_model(folder, dtype=dtype if origin != folder else None, base=base)
     with replacing(target) as partial:
-        return write_model(model, partial, scheme, dtype, origin, tokenizer_folder(folder, origin), max_shard_size)
+        return write_model(model, partial, scheme, dtype, origin, hub.tokenizer_home(folder, origin), max_shard_size)
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A hidden folder that takes the place of `target` at the end, and is removed if there is an error before."""
+def replacing(target: Path, only_empty: bool = False) -> Iterator[Path]:
+    """A hidden folder that takes the place of `target` at the end, and is removed if there is an error before.
+
+    only_empty: raise UserError, instead of removing it, for what lies in `target` by then.
+    """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        with explain_full_disk(target):
+            partial.mkdir(parents=True)
         yield partial
+        if only_empty and target.exists():
+            with explain_full_disk(target):
+                target.rmdir()
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except BaseException:
@@ -82,9 +90,3 @@ def origin_of(folder: Path, base: str | Path | None = None) -> Path:
     """The folder with the weights: that of the base, where `folder` holds an adapter."""
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     return base_of(folder, base) if is_adapter else folder
-
-
-def tokenizer_folder(folder: Path, origin: Path) -> Path:
-    """Where the tokenizer's files are: an adapter's own, saved with it, are preferred to its base's."""
-    has_own = (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file()
-    return folder if has_own else origin

@@ -150,6 +150,11 @@ def is_live(stream: TextIO) -> bool:
     return stream.isatty() and not is_ci and os.environ.get("TERM") != "dumb"
 
 
+def format_bytes(count: int) -> str:
+    """1.2 GB, 345 MB or 0.98 MB."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 def format_seconds(seconds: float) -> str:
     """1.2 s, 59 s, 3:07, 1:02:03 or 2 d 3 h."""
     if seconds < 60:

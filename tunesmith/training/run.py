@@ -68,7 +68,7 @@ from tunesmith.training.preflight import (
     warn_of_unloadable,
 )
 from tunesmith.training.profile import MemorySnapshots, profiler
-from tunesmith.training.progress import Progress
+from tunesmith.training.progress import Progress, format_bytes
 from tunesmith.training.report import write_report
 from tunesmith.training.signals import end_on_sigterm, stop_on_signal
 from tunesmith.training.step import StepStats
@@ -388,7 +388,7 @@ class Run:
             tolerance = max(TOLERANCES[dtype], 1e-2)
             difference = check_rounded_logits(ours, logits_from_files(target, device), tolerance, str(target))
             return (
-                f"quantized ({scheme}): {target}, weights of {_size(written.size)} instead of {_size(written.plain_size)} in {self.config.dtype}; "
+                f"quantized ({scheme}): {target}, weights of {format_bytes(written.size)} instead of {format_bytes(written.plain_size)} in {self.config.dtype}; "
                 f"read back, its logits differ from the trained model's by {difference:.1e} of their size"
             )
 
@@ -406,10 +406,6 @@ class Run:
             self._metrics.close()
         if self._checkpoints is not None:
             self._checkpoints.close()
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 @contextlib.contextmanager

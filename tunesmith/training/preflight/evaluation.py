@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.configs.evaluate import Evaluate, is_task_path
-from tunesmith.training.preflight.files import ADAPTER_FILE, model_folder, not_a_folder
+from tunesmith.errors import UserError
+from tunesmith.hub import follow_latest
+from tunesmith.training.preflight.files import ADAPTER_FILE, model_folder, not_a_folder, weights_folder
 
 
 def evaluation_problems(config: Any, notes: list[str]) -> Iterator[str]:
@@ -27,9 +29,8 @@ def evaluation_problems(config: Any, notes: list[str]) -> Iterator[str]:
         yield from _text_file(name)
     for name in config.compared:
         yield from _compared(name, notes)
-    folder = config.output_dir and Path(config.output_dir).expanduser()
-    if folder and folder.exists() and not folder.is_dir():
-        yield f"`output_dir`: {config.output_dir} is a file"
+    for name in (config.model, *config.compared):
+        yield from _length(config, name)
 
 
 def _text_file(name: str) -> Iterator[str]:
@@ -40,8 +41,25 @@ def _text_file(name: str) -> Iterator[str]:
         yield f"`perplexity`: {name} is empty"
 
 
+def _length(config: Evaluate, name: str) -> Iterator[str]:
+    """Whether a model can read what it is to be given at a time, where its config.json is here."""
+    from tunesmith.models.families import model_config
+
+    try:
+        if (folder := weights_folder(name)) is None:
+            return
+        shape = model_config(folder)[2]
+    except UserError:
+        return  # told where the model is looked at
+    if config.max_length is not None and config.max_length > shape.context_length:
+        yield f"`max_length`: {name} can read {shape.context_length} tokens, not {config.max_length}"
+    elif config.stride is not None and config.stride > (config.max_length or shape.max_position_embeddings):
+        longest = config.max_length or shape.max_position_embeddings
+        yield f"`stride` = {config.stride} leaves gaps: {name} reads {longest} tokens at a time"
+
+
 def _compared(name: str, notes: list[str]) -> Iterator[str]:
-    folder = Path(name).expanduser()
+    folder = follow_latest(Path(name).expanduser())
     if not folder.exists():
         yield from not_a_folder("compare", name, notes)
     elif not folder.is_dir():

@@ -69,6 +69,15 @@ def _is_cached(repo: str) -> bool:
     return any((cache / f"models--{repo.replace('/', '--')}" / "snapshots").glob("*/*"))
 
 
+def weights_folder(name: str, base: str | None = None) -> Path | None:
+    """The folder with the config.json of a model, of an adapter its base's; None where it isn't here."""
+    folder = follow_latest(Path(name).expanduser())
+    if (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
+        named = base or read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
+        folder = follow_latest(Path(str(named)).expanduser())
+    return folder if (folder / "config.json").is_file() else None
+
+
 def model_folder(folder: Path, weights: bool, classifier: bool = False) -> Iterator[str]:
     from tunesmith.models.families import check_speaks, model_config
 
@@ -200,6 +209,8 @@ def _adapter(option: str, folder: Path, base: str | None, notes: list[str], clas
         yield f"{folder / ADAPTER_FILE}: names no base model; give it as `base`"
     elif base is None and not Path(named or "").expanduser().exists():
         yield from not_a_folder(f"{option} (base of {folder})", named or "", notes)
+    elif base is not None and not follow_latest(Path(base).expanduser()).exists():
+        yield from not_a_folder("base", base, notes)
     elif base is not None and (warning := warn_of_another_base(folder, base)):
         notes.append(warning)
 

@@ -29,25 +29,28 @@ def is_restart() -> bool:
 
 def output_problems(config: Any, notes: list[str]) -> Iterator[str]:
     folder = getattr(config, "output_dir", None)
-    if folder is None or isinstance(config, Evaluate):  # which adds to what is there
+    if folder is None:
         return
     if is_remote(folder):
         yield from _remote_output(config, folder, notes)
         return
     path = Path(folder).expanduser()
     resumes = getattr(config, "resume_from_checkpoint", False) or is_restart()
+    adds = isinstance(config, Evaluate)
     if path.exists() and not path.is_dir():
         yield f"`output_dir`: {folder} is a file"
-    elif path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()) and not resumes:
+    elif path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()) and not resumes and not adds:
         cure = (
             ", or set `resume_from_checkpoint=true` to go on from its newest checkpoint"
             if hasattr(config, "epochs")
             else ""
         )
         yield f"`output_dir`: {folder} is not empty; choose another{cure}"
+    elif isinstance(config, Export | Quantize) and path.absolute() == Path.cwd():
+        yield f"`output_dir`: {folder} is the current folder, whose place a new one would take; name another"
     else:
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-        if not os.access(existing, os.W_OK):
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
             yield f"`output_dir`: {folder} can't be written to"
 
 

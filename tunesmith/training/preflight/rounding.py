@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import UserError
-from tunesmith.hub import follow_latest, read_json
 from tunesmith.nn.scheme import Scheme
-from tunesmith.training.preflight.files import ADAPTER_FILE
+from tunesmith.training.preflight.files import weights_folder
 from tunesmith.training.preflight.fit import uneven_problem
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def rounding_problems(config: Any, notes: list[str]) -> Iterator[str]:
     from tunesmith.models.families import model_config
 
     try:
-        if (folder := _weights_folder(config)) is not None:
+        if (folder := weights_folder(config.model, config.base)) is not None:
             check_roundable(config, *model_config(folder))
     except UserError as error:
         yield str(error)
@@ -40,15 +39,6 @@ def _of_blocks(scheme: Scheme, layers: Mapping[str, tuple[int, bool]]) -> str:
         f"`scheme.type: {scheme.type}` has blocks of {scheme.multiple}, which do not divide the inputs of {named}, and bitsandbytes computes "
         "wrong products of such layers on a CPU: leave them as they are with `scheme.skip_indivisible: true`, or take an int8 scheme"
     )
-
-
-def _weights_folder(config: Any) -> Path | None:
-    """The folder with the model's config.json, the base's for an adapter; None where it isn't here."""
-    folder = follow_latest(Path(config.model).expanduser())
-    if (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file():
-        base = config.base or read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
-        folder = follow_latest(Path(str(base)).expanduser())
-    return folder if (folder / "config.json").is_file() else None
 
 
 def check_roundable(config: Any, hf_config: dict[str, Any], family: Family, shape: DecoderConfig) -> None:
