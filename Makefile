@@ -21,6 +21,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 	@$(PIP) -e '.[test]'
 	@touch $@
 
+# Builds llama.cpp from its sources, which needs a C++ compiler and takes minutes. Tests of GGUF files run it where it is there.
+.venv/llama: .venv/test
+	@echo "Building llama.cpp ..."
+	@$(PIP) -e '.[llama]'
+	@touch $@
+
 .venv/bench: .venv/base
 	@$(PIP) -e '.[bench]'
 	@touch $@

@@ -11,8 +11,9 @@ from tunesmith.data.stream_decoder import StreamDecoder
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import UserError
 from tunesmith.generation.completions import Completion, generate, generate_completions, generating
-from tunesmith.generation.engine import Engine, Writing, random_numbers
+from tunesmith.generation.engine import Engine
 from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.writing import Writing, random_numbers
 from tunesmith.hub import read_json
 from tunesmith.models.decoder import CausalLM
 

@@ -9,9 +9,10 @@ from tests.generation.test_engine import Letters, prompts_of
 from tests.models.conftest import pair
 from tunesmith.errors import UserError
 from tunesmith.generation.completions import generating
-from tunesmith.generation.engine import Engine, Writing, random_numbers
+from tunesmith.generation.engine import Engine
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speculative import DraftModel, PromptLookup, check_draft
+from tunesmith.generation.writing import Writing, random_numbers
 
 
 def written(model, prompts, sampling, drafter=None, batch_size=3, cache_tokens=2000):

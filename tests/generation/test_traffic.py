@@ -9,11 +9,12 @@ import torch
 from tests.generation.test_engine import Letters
 from tests.models.conftest import pair
 from tunesmith.generation.completions import generating
-from tunesmith.generation.engine import Drafter, Engine, Writing, random_numbers
+from tunesmith.generation.engine import Engine
 from tunesmith.generation.sampler import Sampler, seen_in
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speculative import DraftModel, PromptLookup
 from tunesmith.generation.text import continuation_text
+from tunesmith.generation.writing import Drafter, Writing, random_numbers
 from tunesmith.models.decoder import CausalLM
 
 

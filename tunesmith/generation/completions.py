@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
-from tunesmith.generation.engine import Drafter, Engine, Writing, random_numbers
+from tunesmith.generation.engine import Engine
 from tunesmith.generation.exact import log_probs_of
 from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.writing import Drafter, Writing, random_numbers
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.families import check_speaks
 from tunesmith.models.family import DecoderConfig

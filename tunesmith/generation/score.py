@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunesmith.generation.completions import generating
-from tunesmith.generation.engine import Engine, Writing
+from tunesmith.generation.engine import Engine
 from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.writing import Writing
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.kv_cache import BLOCK_SIZE
 

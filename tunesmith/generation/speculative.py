@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 
 from tunesmith.errors import UserError
-from tunesmith.generation.engine import Writing
 from tunesmith.generation.reader import Memory, Reader
 from tunesmith.generation.sampler import Sampler
+from tunesmith.generation.writing import Writing
 from tunesmith.models.decoder import CausalLM
 
 
