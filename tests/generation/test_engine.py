@@ -155,7 +155,7 @@ def test_log_probabilities_are_the_models_own(model):
             whole = torch.tensor([completion.prompt_ids + completion.ids])
             values = model.logits(whole)[0, len(completion.prompt_ids) - 1 : -1].log_softmax(-1)
             expected = values.gather(-1, torch.tensor(completion.ids)[:, None]).squeeze(-1)
-            assert completion.log_probs == pytest.approx(expected.tolist(), abs=1e-4)
+            assert completion.log_probs == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_streamed_pieces_join_to_the_texts(model):
