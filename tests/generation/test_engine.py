@@ -10,8 +10,9 @@ from tests.models.conftest import CASES, build_empty, pair, take_weights, tokens
 from tunesmith.data.stream_decoder import StreamDecoder
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import UserError
-from tunesmith.generation.completions import Completion, generate, generate_completions, generating
+from tunesmith.generation.completions import Completion, generate, generate_completions
 from tunesmith.generation.engine import Engine
+from tunesmith.generation.reader import generating
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.writing import Writing, random_numbers
 from tunesmith.hub import read_json

@@ -8,8 +8,8 @@ import pytest
 from tests.generation.test_engine import Letters, prompts_of
 from tests.models.conftest import pair
 from tunesmith.errors import UserError
-from tunesmith.generation.completions import generating
 from tunesmith.generation.engine import Engine
+from tunesmith.generation.reader import generating
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speculative import DraftModel, PromptLookup, check_draft
 from tunesmith.generation.writing import Writing, random_numbers

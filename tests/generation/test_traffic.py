@@ -8,8 +8,8 @@ import torch
 
 from tests.generation.test_engine import Letters
 from tests.models.conftest import pair
-from tunesmith.generation.completions import generating
 from tunesmith.generation.engine import Engine
+from tunesmith.generation.reader import generating
 from tunesmith.generation.sampler import Sampler, seen_in
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.speculative import DraftModel, PromptLookup

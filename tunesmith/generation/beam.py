@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.generation.completions import Completion, Prompt, encode_prompts, generating
-from tunesmith.generation.reader import Memory, Reader
+from tunesmith.generation.completions import Completion, Prompt, encode_prompts
+from tunesmith.generation.reader import Memory, Reader, generating
 from tunesmith.generation.text import continuation_text
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.kv_cache import BLOCK_SIZE

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from tunesmith.data.tokenizer import Tokenizer
@@ -22,7 +20,6 @@ from tunesmith.models.families import check_speaks
 from tunesmith.models.family import DecoderConfig
 from tunesmith.models.score import ScoreModel
 from tunesmith.nn.kv_cache import BLOCK_SIZE
-from tunesmith.nn.part import let_go
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or the messages of a conversation."""
@@ -119,29 +116,10 @@ def generate_completions(
         drafter=None if drafter is None else drafter(cache_tokens),
         compile=compile,
     )
-    with generating(model):
-        for writing in writings:
-            engine.add(writing)
-        while engine.is_busy:
-            engine.step()
+    engine.run(writings)
     if exact_logprobs:
         _score_exactly(model, tokenizer, writings)
     return [_completion(writing, tokenizer) for writing in writings]
-
-
-@contextlib.contextmanager
-def generating(model: CausalLM) -> Iterator[None]:
-    """Without gradients and dropout, and afterwards as it was."""
-    was_training = model.training
-    model.eval()
-    # What `fully_shard` gathers into must not become inference tensors: training could not use them again.
-    is_sharded = any(hasattr(module, "unshard") for module in model.modules())
-    try:
-        with torch.no_grad() if is_sharded else torch.inference_mode():
-            yield
-    finally:
-        let_go(model)
-        model.train(was_training)
 
 
 def _score_exactly(model: CausalLM, tokenizer: Tokenizer, writings: list[Writing]) -> None:

@@ -6,7 +6,7 @@ B sequences that go on, R rows of logits, V vocabulary, D hidden.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.generation.constraints import Compiled, Constraint
-from tunesmith.generation.reader import Reader
+from tunesmith.generation.reader import Reader, generating
 from tunesmith.generation.sampler import Sampler, seen_in
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.text import TextStream
@@ -109,6 +109,14 @@ class Engine:
         hidden = self.reader.read(entries)
         self._take(steps, chunks, hidden)
         return self._finished
+
+    def run(self, writings: Iterable[Writing]) -> None:
+        """Bring them all to their ends."""
+        with generating(self.model):
+            for writing in writings:
+                self.add(writing)
+            while self.is_busy:
+                self.step()
 
     def remove(self, writing: Writing) -> None:
         """Drop a sequence, wherever it is; also from within on_text."""

@@ -5,7 +5,8 @@ L tokens of a pass, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from tunesmith.generation.blocks import Blocks
 from tunesmith.generation.compiled import CompiledSteps
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.kv_cache import BLOCK_SIZE, BlockPool, Chunk, Group, Pass, Steps, groups_of
+from tunesmith.nn.part import let_go
 
 _FEW = 48
 """New tokens of a sequence for which it is attended to block by block, beside others, not on its own."""
@@ -43,6 +45,21 @@ class Memory:
     @property
     def unread(self) -> int:
         return len(self.ids) - self.read
+
+
+@contextlib.contextmanager
+def generating(model: CausalLM) -> Iterator[None]:
+    """Without gradients and dropout, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    # What `fully_shard` gathers into must not become inference tensors: training could not use them again.
+    is_sharded = any(hasattr(module, "unshard") for module in model.modules())
+    try:
+        with torch.no_grad() if is_sharded else torch.inference_mode():
+            yield
+    finally:
+        let_go(model)
+        model.train(was_training)
 
 
 class Reader:

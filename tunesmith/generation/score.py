@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.generation.completions import generating
 from tunesmith.generation.engine import Engine
 from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.writing import Writing
@@ -55,11 +54,7 @@ def score(model: CausalLM, pairs: Sequence[tuple[list[int], list[int]]], batch_t
         chunk_size=batch_tokens,
         shares=True,
     )
-    with generating(model):
-        for one in ordered:
-            engine.add(one)
-        while engine.is_busy:
-            engine.step()
+    engine.run(ordered)
     return [Scored([value for value, _ in one.scores], all(is_top for _, is_top in one.scores)) for one in writings]
 
 
