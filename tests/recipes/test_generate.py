@@ -3,10 +3,12 @@
 import io
 import json
 import re
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import tunesmith
 from tunesmith.configs.generate import Generate, Prompt, Speculative
@@ -294,3 +296,12 @@ def test_what_a_search_is_not_for_is_told():
         "generate", "model=m", "num_beams=2", "temperature=0", "early_stopping=never", "length_penalty=-1"
     )
     assert (config.early_stopping, config.length_penalty) == ("never", -1.0)
+
+
+def test_a_prompt_that_is_too_long_is_told_before_weights_are_read(tiny_model, tmp_path):
+    broken = tmp_path / "model"
+    shutil.copytree(tiny_model, broken)
+    for file in broken.glob("*.safetensors"):  # whole as a file, but of another model
+        save_file({"other.weight": torch.zeros(2)}, file)
+    with pytest.raises(UserError, match="prompt 1 has .* tokens, but the model's context holds"):
+        main(config_of(broken, prompt=["a", "the quick " * 5000], chat=False))

@@ -168,9 +168,16 @@ def encode_prompts(
     """Raises UserError as generate_completions says."""
     if isinstance(model, ScoreModel):
         check_speaks(model.family, model.hf_config, "this model")
+    return checked_prompts(model.config, tokenizer, prompts, chat)
+
+
+def checked_prompts(
+    shape: DecoderConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool | None
+) -> list[list[int]]:
+    """The same of a model of which only the numbers are known."""
     encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
     for index, ids in enumerate(encoded):
-        _check_prompt(index, ids, model.config)
+        _check_prompt(index, ids, shape)
     return encoded
 
 

@@ -29,7 +29,7 @@ from tunesmith.configs.layout import Layout
 from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.errors import UserError
 from tunesmith.generation.beam import Beams, search_completions
-from tunesmith.generation.completions import Completion, Prompt, generate_completions
+from tunesmith.generation.completions import Completion, Prompt, checked_prompts, generate_completions
 from tunesmith.generation.constraints import Constraint
 from tunesmith.generation.engine import Drafter
 from tunesmith.generation.sampling import Sampling
@@ -37,7 +37,7 @@ from tunesmith.generation.speculative import DraftModel, PromptLookup, check_dra
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import A_DAY, Mesh, Replicas, start_mesh, stop_mesh
-from tunesmith.training.build import DTYPES, load_model, tokenizer_folder
+from tunesmith.training.build import DTYPES, describe_model, load_model, tokenizer_folder
 from tunesmith.training.preflight import check
 
 
@@ -61,13 +61,15 @@ def main(config: Generate) -> None:
 def _generate(
     config: Generate, device: torch.device, mesh: Mesh, prompts: list[str | ChatPrompt], sampling: Sampling
 ) -> None:
+    family, shape = describe_model(config.model)
+    # A model without a template is taken for one that continues text, unless a chat is asked for.
+    is_chat = config.chat or any(isinstance(prompt, ChatPrompt) for prompt in prompts)
+    templates = family.chat_templates if is_chat else ()
+    tokenizer = find_tokenizer(config.tokenizer, tokenizer_folder(config.model, config.adapter), templates)
+    checked_prompts(shape, tokenizer, [_as_given(prompt) for prompt in prompts], config.chat)
     options = {"dtype": DTYPES[config.dtype], "device": device, "quantize_base": config.quantize_base, "mesh": mesh}
     model = load_model(config.model, adapter=config.adapter, **options)
     drafter = open_drafter(config, model, options)
-    # A model without a template is taken for one that continues text, unless a chat is asked for.
-    is_chat = config.chat or any(isinstance(prompt, ChatPrompt) for prompt in prompts)
-    templates = model.family.chat_templates if is_chat else ()
-    tokenizer = find_tokenizer(config.tokenizer, tokenizer_folder(config.model, config.adapter), templates)
 
     streams = (
         config.stream if config.stream is not None else len(prompts) * config.num_samples == 1 and sys.stdout.isatty()

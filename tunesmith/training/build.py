@@ -24,7 +24,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models import families
 from tunesmith.models.decoder import CausalLM, build
-from tunesmith.models.family import Family
+from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.models.initialize import initialize
 from tunesmith.nn.fake_quantize import apply_fake_quantization, set_rounding
 from tunesmith.nn.lora import apply_lora, freeze_base, materialize_adapters, reset_adapters
@@ -382,6 +382,15 @@ def _add_adapter(found: _Constructed, device: torch.device) -> None:
     if found.adapter is not None:
         materialize_adapters(found.model, device)
         peft.load_adapter(found.model, found.adapter)
+
+
+def describe_model(path: str) -> tuple[Family, DecoderConfig]:
+    """Family and shape of a model, or of the base of an adapter, before its weights are read."""
+    folder = hub.resolve(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        folder = base_of(folder, None)
+    _, family, shape = read_model_config(folder)
+    return family, shape
 
 
 def base_of(adapter: Path, base: str | Path | None) -> Path:
