@@ -112,7 +112,7 @@ def rows_problem(config: Any, ranks: int) -> str | None:
 def split_block(ranks: int, what: str) -> str:
     """The sentence for 4-bit weights whose parts would not end where a block ends."""
     return (
-        f"`weights.quantize_base` keeps blocks of {QUANTIZED_BLOCK} numbers together, and `tensor_parallel_dim: {ranks}` would "
+        f"`quantize_base` keeps blocks of {QUANTIZED_BLOCK} numbers together, and `tensor_parallel_dim: {ranks}` would "
         f"cut them: each rank gets {what}; take fewer ranks, or turn one of the two off"
     )
 
