@@ -5,6 +5,7 @@ N blocks, S slots of a block, G key-value heads, K head size, B sequences, T new
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -166,33 +167,47 @@ def groups_of(
     with holes between them for nobody; blocks that lie far apart are copied together first. room: owners that each block
     from `low` on is given room for, so that these make one group; None: as few as do.
     """
-    seen: dict[int, list[tuple[int, int]]] = {}
-    for row, table in enumerate(tables):
-        for place, block in enumerate(table):
-            seen.setdefault(block, []).append((row, place * pool.block_size))
-    classes: dict[tuple[bool, int], list[int]] = {}
-    for block, owners in seen.items():
-        is_apart = low is not None and block >= low
-        size = room if room is not None and is_apart else 1 << (len(owners) - 1).bit_length()
-        classes.setdefault((is_apart, size), []).append(block)
-    return [_group(sorted(blocks), seen, size, len(tables), pool) for (_, size), blocks in sorted(classes.items())]
+    sizes = [len(table) for table in tables]
+    blocks = np.fromiter(itertools.chain.from_iterable(tables), np.int64, sum(sizes))
+    rows = np.repeat(np.arange(len(tables)), sizes)
+    firsts = (np.arange(len(blocks)) - np.repeat(np.cumsum(sizes) - sizes, sizes)) * pool.block_size
+    order = np.argsort(blocks, kind="stable")
+    blocks, rows, firsts = blocks[order], rows[order], firsts[order]
+    distinct, starts, counts = np.unique(blocks, return_index=True, return_counts=True)
+    places = np.arange(len(blocks)) - np.repeat(starts, counts)  # of each owner among those of its block
+    is_apart = distinct >= (pool.num_blocks + 1 if low is None else low)
+    classes = 1 << np.ceil(np.log2(counts)).astype(np.int64)
+    if room is not None:
+        classes[is_apart] = room
+    groups = []
+    for apart, size in sorted(set(zip(is_apart.tolist(), classes.tolist()))):
+        chosen = (is_apart == apart) & (classes == size)
+        entries = np.repeat(chosen, counts)
+        seen = (blocks[entries], places[entries], rows[entries], firsts[entries])
+        groups.append(_group(distinct[chosen], *seen, size, len(tables), pool))
+    return groups
 
 
-def _group(blocks: list[int], seen: dict[int, list[tuple[int, int]]], size: int, nobody: int, pool: BlockPool) -> Group:
-    span = blocks[-1] - blocks[0] + 1
-    in_place = span <= 2 * len(blocks)
-    if in_place:
-        mine, blocks = set(blocks), list(range(blocks[0], blocks[-1] + 1))
-    else:
-        mine = set(blocks)
-    owners: list[int] = []
-    firsts: list[int] = []
-    for block in blocks:
-        found = seen[block] if block in mine else []
-        owners += [row for row, _ in found] + [nobody] * (size - len(found))
-        firsts += [first for _, first in found] + [0] * (size - len(found))
-    which = slice(blocks[0], blocks[-1] + 1) if in_place else torch.tensor(blocks, device=pool.device)
-    return Group(which, torch.tensor(owners, device=pool.device), torch.tensor(firsts, device=pool.device), size)
+def _group(
+    distinct: np.ndarray,
+    blocks: np.ndarray,
+    places: np.ndarray,
+    rows: np.ndarray,
+    firsts: np.ndarray,
+    size: int,
+    nobody: int,
+    pool: BlockPool,
+) -> Group:
+    """Of the blocks `distinct`, in order: each of `blocks` has `rows` for its owner number `places`, in which it stands at `firsts`."""
+    start, stop = int(distinct[0]), int(distinct[-1]) + 1
+    in_place = stop - start <= 2 * len(distinct)
+    where = blocks - start if in_place else np.searchsorted(distinct, blocks)
+    shape = (stop - start if in_place else len(distinct), size)
+    owners, begins = np.full(shape, nobody), np.zeros(shape, np.int64)
+    owners[where, places], begins[where, places] = rows, firsts
+    which = slice(start, stop) if in_place else torch.from_numpy(distinct).to(pool.device)
+    made = (torch.from_numpy(numbers.ravel()).to(pool.device) for numbers in (owners, begins))
+    return Group(which, *made, owners_per_block=size)
 
 
 class KVCache:
