@@ -135,11 +135,18 @@ class Engine:
     # --- what the next pass reads -----------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Let waiting sequences in, in their order, while there is room; those that begin like one that is being read wait for it."""
+        """Let waiting sequences in, in their order, while there is room, and no more than a pass can begin to read.
+
+        Those that begin like one that is being read wait for it.
+        """
         passed: list[Writing] = []
-        while self.waiting and len(self.running) < self.batch_size:
+        reading: dict[tuple[int, ...], list[Writing]] = {}
+        for one in self.running:
+            self._note(one, reading)
+        left = self.chunk_size - sum(one.memory.unread for one in self.running)
+        while self.waiting and len(self.running) < self.batch_size and left > 0:
             writing = self.waiting.popleft()
-            if self._follows(writing):
+            if self._follows(writing, reading):
                 passed.append(writing)
                 continue
             self.reader.begin(writing.memory, self.reader.blocks.shares)
@@ -150,21 +157,27 @@ class Engine:
                 passed.append(writing)
                 break
             self.running.append(writing)
+            self._note(writing, reading)
+            left -= writing.memory.unread
         self.waiting.extendleft(reversed(passed))
 
     def _missing(self, writing: Writing) -> int:
         return self.reader.needed(len(writing.memory.ids)) - len(writing.memory.table)
 
-    def _follows(self, writing: Writing) -> bool:
-        """Whether a running sequence is about to have read more of what this one begins with than is known now."""
-        if not self.reader.blocks.shares:
-            return False
+    def _note(self, writing: Writing, reading: dict[tuple[int, ...], list[Writing]]) -> None:
+        """Add a sequence to those that are being read, by the tokens that they begin with."""
+        if self.reader.blocks.shares and writing.memory.unread > 1:
+            reading.setdefault(self._opening(writing.memory.ids), []).append(writing)
+
+    def _opening(self, ids: list[int]) -> tuple[int, ...]:
+        return tuple(ids[: self.reader.pool.block_size])
+
+    def _follows(self, writing: Writing, reading: dict[tuple[int, ...], list[Writing]]) -> bool:
+        """Whether one that is being read is about to know more of what this one begins with than is known now."""
         mine, size = writing.memory.reusable, self.reader.pool.block_size
         known = None
-        for other in self.running:
+        for other in reading.get(self._opening(mine), ()):
             theirs = other.memory.ids
-            if other.memory.unread <= 1 or (mine[:size] != theirs[:size] and mine != theirs):
-                continue
             alike = _alike(mine, theirs)
             known = self.reader.known_of(writing.memory) if known is None else known
             coming = alike - 1 if mine == theirs else min(alike, len(mine) - 1) // size * size
