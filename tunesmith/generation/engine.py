@@ -21,6 +21,9 @@ from tunesmith.generation.text import TextStream
 from tunesmith.generation.writing import Drafter, Writing
 from tunesmith.models.decoder import CausalLM
 
+_LOGITS = 1024
+"""Positions whose logits exist at a time, where given tokens are scored."""
+
 
 class Engine:
     """Continuous batching over a paged cache (arXiv 2309.06180): every pass reads one token of each sequence that goes on, and prompts in chunks.
@@ -251,9 +254,14 @@ class Engine:
             start += len(new)
             asked.append((writing, new[1:]))
             writing.memory.read += 1
+        scored: list[tuple[Writing, int]] = []  # sequences, and tokens whose log-probabilities are asked for
+        before: list[int] = []
         for writing, count in chunks:
             if writing.score_from is not None:
-                self._score(writing, count, hidden[start : start + count])
+                first, read = max(writing.score_from - 1, writing.memory.read), writing.memory.read
+                places = range(first, read + count)
+                scored += [(writing, writing.prompt[place + 1]) for place in places]
+                before += [start + place - read for place in places]
             start += count
             writing.memory.read += count
             done = writing.memory.unread == 0
@@ -264,6 +272,7 @@ class Engine:
             elif done:
                 rows.append(start - 1)
                 asked.append((writing, []))
+        self._score(scored, before, hidden)
         if not rows:
             return
         wanted = hidden if len(rows) == len(hidden) else hidden[torch.tensor(rows, device=hidden.device)]
@@ -341,19 +350,16 @@ class Engine:
         self._leave(writing)
         self._finished.append(writing)
 
-    def _score(self, writing: Writing, count: int, hidden: Tensor) -> None:
-        """Take the log-probabilities of the tokens that follow a chunk's hidden states (count, D)."""
-        assert writing.score_from is not None
-        first = max(writing.score_from - 1, writing.memory.read)
-        labels = writing.prompt[first + 1 : writing.memory.read + count + 1]
-        if not labels:
-            return
-        start = first - writing.memory.read
-        logits = self.model.lm_head.precise_logits(hidden[start : start + len(labels)])
-        wanted = torch.tensor(labels, device=logits.device)[:, None]
-        values = logits.gather(-1, wanted).squeeze(-1) - logits.logsumexp(-1)
-        likeliest = logits.argmax(-1) == wanted.squeeze(-1)
-        writing.scores += zip(values.tolist(), likeliest.tolist())
+    def _score(self, asked: list[tuple[Writing, int]], rows: list[int], hidden: Tensor) -> None:
+        """Take the log-probabilities of the tokens `asked` about, which follow `rows` of the hidden states (L, D)."""
+        for start in range(0, len(rows), _LOGITS):
+            part = slice(start, start + _LOGITS)
+            logits = self.model.lm_head.precise_logits(hidden[torch.tensor(rows[part], device=hidden.device)])
+            wanted = torch.tensor([token for _, token in asked[part]], device=logits.device)[:, None]
+            values = logits.gather(-1, wanted).squeeze(-1) - logits.logsumexp(-1)
+            likeliest = logits.argmax(-1) == wanted.squeeze(-1)
+            for (writing, _), value, is_top in zip(asked[part], values.tolist(), likeliest.tolist()):
+                writing.scores.append((value, is_top))
 
     def _tell(self, writing: Writing, piece: str) -> None:
         if piece and self.on_text is not None:
