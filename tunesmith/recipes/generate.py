@@ -26,7 +26,7 @@ import torch
 from tunesmith.configs.generate import Generate
 from tunesmith.configs.generate import Prompt as ChatPrompt
 from tunesmith.configs.layout import Layout
-from tunesmith.data.tokenizer import find_tokenizer
+from tunesmith.data.tokenizer import Tokenizer, find_tokenizer
 from tunesmith.errors import UserError
 from tunesmith.generation.beam import Beams, search_completions
 from tunesmith.generation.completions import Completion, Prompt, checked_prompts, generate_completions
@@ -71,30 +71,17 @@ def _generate(
     model = load_model(config.model, adapter=config.adapter, **options)
     drafter = open_drafter(config, model, options)
 
-    streams = (
-        config.stream if config.stream is not None else len(prompts) * config.num_samples == 1 and sys.stdout.isatty()
-    )
     replicas = Replicas(mesh)
-    if replicas.count > 1:
-        streams = False  # the prompts of others are written meanwhile
-    own = replicas.own(range(len(prompts)))
+    # Where prompts are shared, those of others are written meanwhile; of a search nothing is certain before its end.
+    wants = len(prompts) * config.num_samples == 1 and sys.stdout.isatty() if config.stream is None else config.stream
+    streams = wants and replicas.count == 1 and config.num_beams == 1
     names = [(_in_short(prompt), sample) for prompt in prompts for sample in range(config.num_samples)]
     printer = Printer(names, config.num_samples, sys.stdout)
+    own = replicas.own(range(len(prompts)))
     started = time.perf_counter()
     own_prompts = [_as_given(prompts[number]) for number in own]
     if config.num_beams > 1:
-        completions = search_completions(
-            model,
-            tokenizer,
-            own_prompts,
-            Beams(config.num_beams, config.length_penalty, config.early_stopping),
-            config.max_new_tokens,
-            num_samples=config.num_samples,
-            batch_size=config.batch_size,
-            chat=config.chat,
-            agree=replicas.agree,
-        )
-        streams = False
+        completions = _search(config, model, tokenizer, own_prompts, replicas)
     else:
         completions = generate_completions(
             model,
@@ -107,15 +94,41 @@ def _generate(
             agree=replicas.agree,
             cache_tokens=config.cache_tokens,
             drafter=drafter,
-            compile=config.compile,
             exact_logprobs=config.exact_logprobs,
+            compile=config.compile,
             places=own,
         )
     completions = _gathered(replicas, list(own), completions, config.num_samples)
-    if not replicas.is_main:
-        return
-    seconds = time.perf_counter() - started
-    if not streams:
+    if replicas.is_main:
+        _show(config, printer, prompts, completions, time.perf_counter() - started, is_shown=streams)
+
+
+def _search(
+    config: Generate, model: CausalLM, tokenizer: Tokenizer, prompts: list[Prompt], replicas: Replicas
+) -> list[Completion]:
+    return search_completions(
+        model,
+        tokenizer,
+        prompts,
+        Beams(config.num_beams, config.length_penalty, config.early_stopping),
+        config.max_new_tokens,
+        num_samples=config.num_samples,
+        batch_size=config.batch_size,
+        chat=config.chat,
+        agree=replicas.agree,
+    )
+
+
+def _show(
+    config: Generate,
+    printer: Printer,
+    prompts: list[str | ChatPrompt],
+    completions: list[Completion],
+    seconds: float,
+    is_shown: bool,
+) -> None:
+    """Print what isn't shown yet, and the speed; write the file."""
+    if not is_shown:
         for index, completion in enumerate(completions):
             printer.piece(index, completion.text)
     printer.close()
