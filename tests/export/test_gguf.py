@@ -16,8 +16,8 @@ from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.data.tokenizer_files import LLAMA3_PATTERN, QWEN_PATTERN
 from tunesmith.errors import UserError
 from tunesmith.export.gguf.architecture import ARCHITECTURES
-from tunesmith.export.gguf.llama_cpp import ask
-from tunesmith.export.gguf.llama_cpp import model_of as model_from
+from tunesmith.export.gguf.consumer import ask
+from tunesmith.export.gguf.consumer import model_of as model_from
 from tunesmith.export.gguf.tensors import place, read_file
 from tunesmith.export.gguf.tokenizer import TEKKEN_PATTERN, add_tokenizer, read_vocabulary
 from tunesmith.export.source import find_source

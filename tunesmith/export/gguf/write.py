@@ -14,7 +14,7 @@ from tunesmith.configs.export import Export, GGUFFile
 from tunesmith.configs.shared import TokenizerConfig
 from tunesmith.data.tokenizer import Tokenizer, find_tokenizer
 from tunesmith.errors import require
-from tunesmith.export.gguf import llama_cpp
+from tunesmith.export.gguf import consumer
 from tunesmith.export.gguf.architecture import Architecture, add_rope, add_shape, context_length, find_architecture
 from tunesmith.export.gguf.lora import export_lora
 from tunesmith.export.gguf.tensors import (
@@ -68,7 +68,7 @@ def export_gguf(source: Source, folder: Path, config: Export) -> Exported:
         for kind, difference in differences(made, stored).items()
     ]
     context, _ = context_length(plan.architecture, source.config)
-    more, notes = llama_cpp.check_file(
+    more, notes = consumer.check_file(
         path, source, plan.tokenizer, placed, stored, settings.type, context, config.tolerance
     )
     return Exported(checks + more, [*_notes(source, plan, placed), *notes])
