@@ -13,7 +13,7 @@ import sys
 
 
 def main() -> None:
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]  # an extra that takes a compiler to install
     import numpy as np
 
     asked = json.load(sys.stdin)
