@@ -40,7 +40,7 @@ def plain(q, keys, values, scale, window, softcap):
 def fill(pool, table, keys, values):
     """Put a sequence's keys and values (S, G, K) into its blocks."""
     places = torch.arange(len(keys))
-    slots = (torch.tensor(table)[places // pool.block_size], places % pool.block_size)
+    slots = pool.slots(torch.tensor(table)[places // pool.block_size], places % pool.block_size)
     pool.write(0, keys, values, slots)
 
 
@@ -91,7 +91,7 @@ def test_steps_and_chunks_are_the_definition(window, softcap, heads, tokens, tab
     made = Pass(
         pool,
         places[None],
-        (torch.tensor(blocks), places.clamp(min=0) % 4),
+        pool.slots(torch.tensor(blocks), places.clamp(min=0) % 4),
         None,
         [
             Steps(0, line, len(tables), tokens, groups_of(tables, pool, low), positions, 4),

@@ -43,14 +43,14 @@ class CompiledSteps:
         counts = [group.owners_per_block for group in groups]
         return together and counts in ([1], [1, self.batch_size]) and not self.model.config.depends_on_length
 
-    def read(self, ids: Tensor, positions: Tensor, slots: tuple[Tensor, Tensor], groups: Sequence[Group]) -> Tensor:
-        """Hidden states (L, D) of one token of each of L sequences, whose `ids`, `positions` and slots are (L,)."""
+    def read(self, ids: Tensor, positions: Tensor, blocks: Tensor, places: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Hidden states (L, D) of one token of each of L sequences, whose `ids`, `positions`, `blocks` and places in these are (L,)."""
         count = len(ids)
         more = self.batch_size - count
         # Their Python lists are read by the compiler as constants, their tensors as inputs.
         padded = [self._padded(group, count) for group in groups]
         inputs = (F.pad(ids, (0, more)), F.pad(positions, (0, more), value=-1))
-        where = (F.pad(slots[0], (0, more), value=self.pool.nowhere), F.pad(slots[1], (0, more)))
+        where = (F.pad(blocks, (0, more), value=self.pool.nowhere), F.pad(places, (0, more)))
         cos_sin = self.model._cos_sin(inputs[1][None], None)
         with torch._dynamo.config.patch(recompile_limit=_PROGRAMS, accumulated_recompile_limit=4 * _PROGRAMS):
             hidden = self._program(*inputs, *where, cos_sin, padded)
@@ -58,7 +58,7 @@ class CompiledSteps:
 
     def _hidden(self, ids: Tensor, positions: Tensor, blocks: Tensor, places: Tensor, cos_sin, groups: list[Group]):
         steps = Steps(0, self.batch_size, self.batch_size, 1, groups, positions[:, None], self.pool.block_size)
-        line = Pass(self.pool, positions[None], (blocks, places), None, [steps])
+        line = Pass(self.pool, positions[None], self.pool.slots(blocks, places), None, [steps])
         return self.model.model(ids[None], Sight({}, cos_sin, cached=line))
 
     def _padded(self, group: Group, rows: int) -> Group:

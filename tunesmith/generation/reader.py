@@ -76,6 +76,7 @@ class Reader:
         # Adapters compute in float32 and norms may widen: what comes in is of the stream's number type.
         self.pool = BlockPool(model.config, -(-num_tokens // BLOCK_SIZE), model.model.compute_dtype, self.device)
         self.blocks = Blocks(self.pool.num_blocks, self.pool.block_size, shares)
+        self._apart_from = self.pool.num_blocks // 2 if shares else None
         self._compiled = None if compile_for is None else CompiledSteps(model, self.pool, compile_for)
         self._plan: tuple[list[tuple[int, ...]], list[Group]] = ([], [])
 
@@ -139,12 +140,12 @@ class Reader:
             blocks += [memory.table[place // size] for place in places]
             lengths += [max(len(memory.ids), places.stop)] * len(new)
         numbers = torch.tensor([ids, positions, blocks, lengths], device=self.device)
-        where, slots = numbers[1], (numbers[2], numbers[1] % size)
+        where, places = numbers[1], numbers[1] % size
         parts: list[Steps | Chunk] = []
         if ones:
             groups = self._groups([entries[index][0] for index in ones])
             if self._compiled is not None and len(ones) == len(line) and self._compiled.fits(groups):
-                return self._in_order(self._compiled.read(numbers[0], where, slots, groups), entries, line)
+                return self._in_order(self._compiled.read(*numbers[:3], places, groups), entries, line)
             parts.append(Steps(0, len(ones), len(ones), 1, groups, where[: len(ones), None], size))
         if few:
             parts.append(self._rectangle([entries[index] for index in few], len(ones)))
@@ -154,7 +155,7 @@ class Reader:
             table = torch.tensor(memory.table[: self.needed(memory.read + len(new))], device=self.device)
             parts.append(Chunk(start, start + len(new), memory.read, table))
         depends = self.model.config.depends_on_length
-        made = Pass(self.pool, where[None], slots, numbers[3] if depends else None, parts)
+        made = Pass(self.pool, where[None], self.pool.slots(numbers[2], places), numbers[3] if depends else None, parts)
         return self._in_order(self.model(numbers[:1], cache=made)[0], entries, line)
 
     def _in_order(self, hidden: Tensor, entries: Sequence[tuple[Memory, Sequence[int]]], line: list[int]) -> Tensor:
@@ -173,7 +174,7 @@ class Reader:
         tables = [tuple(memory.table[: self.needed(memory.read + 1)]) for memory in memories]
         if self._plan[0] != tables:
             room = None if self._compiled is None else self._compiled.batch_size
-            self._plan = tables, groups_of(tables, self.pool, self.pool.num_blocks // 2, room)
+            self._plan = tables, groups_of(tables, self.pool, self._apart_from, room)
         return self._plan[1]
 
     def _rectangle(self, entries: list[tuple[Memory, Sequence[int]]], start: int) -> Steps:
@@ -185,7 +186,7 @@ class Reader:
         for row, (memory, new) in enumerate(entries):
             positions[row, : len(new)] = torch.arange(memory.read, memory.read + len(new))
             places += range(row * most, row * most + len(new))
-        groups = groups_of(tables, self.pool, self.pool.num_blocks // 2)
+        groups = groups_of(tables, self.pool, self._apart_from)
         shape = (start, start + len(places), len(entries), most)
         where = torch.tensor(places, device=self.device)
         return Steps(*shape, groups, positions.to(self.device), size, where)

@@ -49,11 +49,16 @@ class BlockPool:
     def bytes_per_block(self) -> int:
         return sum(part[0].numel() * part.element_size() for part in (*self.keys, *self.values))
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, slots: tuple[Tensor, Tensor]) -> None:
-        """Put the line's keys and values (L, G, K) into (blocks (L,), places in them (L,))."""
-        blocks, places = slots
+    def slots(self, blocks: Tensor, places: Tensor) -> Tensor:
+        """Where the keys and values of a line go, for `write`: places (L,) in blocks (L,) -> (L * G,)."""
+        heads = self.keys[0].shape[1]
+        first = blocks * (heads * self.block_size) + places
+        return (first[:, None] + torch.arange(heads, device=first.device) * self.block_size).flatten()
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Put the line's keys and values (L, G, K) into `slots`, which are found once for all layers."""
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store[blocks, :, places] = new.to(store.dtype)
+            store.view(-1, store.shape[-1]).index_copy_(0, slots, new.to(store.dtype).flatten(0, 1))
 
     def copy(self, source: int, target: int) -> None:
         """The content of a block into another."""
@@ -150,8 +155,8 @@ class Pass:
     pool: BlockPool
     positions: Tensor
     """(1, L); negative: padding."""
-    slots: tuple[Tensor, Tensor]
-    """Blocks (L,), and places in them (L,), where their keys and values go."""
+    slots: Tensor
+    """Where their keys and values go, as `BlockPool.slots` says."""
     lengths: Tensor | None
     """(L,) tokens of each token's sequence with the new ones, for rotary frequencies that depend on it."""
     parts: list[Steps | Chunk]
@@ -267,7 +272,7 @@ class KVCache:
         where = positions.to(device)
         size = self.pool.block_size
         blocks = torch.where(where < 0, self.pool.nowhere, tables.gather(1, where.clamp(min=0) // size))
-        slots = (blocks.flatten(), (where.clamp(min=0) % size).flatten())
+        slots = self.pool.slots(blocks.flatten(), (where.clamp(min=0) % size).flatten())
         lengths = None if self.ids is None else ends[:, None].expand(-1, tokens).flatten()
         parts: list[Steps | Chunk] = []
         if tokens == 1:

@@ -37,9 +37,10 @@ class Rotary:
 
     def cos_sin(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """The same for given frequencies (R/2,), or of each row (B, 1, R/2)."""
-        angles = positions[..., None].float() * frequencies
-        cos, sin = (angles.cos() * self.factor)[:, :, None], (angles.sin() * self.factor)[:, :, None]
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        # cos(-x) is cos(x) and sin(-x) is -sin(x), to the bit: one product for both halves and both functions.
+        angles = positions[..., None, None].float() * torch.cat((-frequencies, frequencies), -1).unsqueeze(-2)
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.factor == 1 else (cos * self.factor, sin * self.factor)
 
     def frequencies(self, device: torch.device, length: int | None) -> Tensor:
         """(R/2,) float32 angles a token."""
