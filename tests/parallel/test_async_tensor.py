@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.distributed import run_distributed
+from tests.models.conftest import relative_error
 from tests.parallel.test_gradients import gradients_on_mesh, write_reference, wrong_gradients
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.errors import UserError
@@ -25,7 +26,7 @@ OPERATORS = (
 )
 
 
-def pipelined(folders, layout):
+def pipelined(folders, layout, widths=()):
     """This rank's gradients, and for each graph (a layer's forward, a layer's backward) how often it has each of OPERATORS."""
     import torch
     from torch.distributed import _symmetric_memory as symmetric
@@ -35,7 +36,7 @@ def pipelined(folders, layout):
     kernels.impl("fused_matmul_reduce_scatter", symmetric._fused_matmul_reduce_scatter_fallback, "CPU")
     graphs = []
     with looking(lambda graph: graphs.append(counted(graph))):
-        return gradients_on_mesh(folders, layout), graphs
+        return gradients_on_mesh(folders, layout, widths), graphs
 
 
 def first_graphs(folders, layouts):
@@ -86,6 +87,19 @@ def test_every_gradient_equals_transformers(tmp_path, case):
     for _, graphs in ranks:
         assert graphs == [(2, 2, 0, 0), (2, 2, 0, 0) if case == "phi3" else (2, 0, 0, 2)]
     assert not wrong_gradients(references, [gradients for gradients, _ in ranks])
+
+
+@pytest.mark.slow
+def test_rows_of_any_length(tmp_path):
+    """From the second length on the compiler leaves it open: one more pair of graphs for all."""
+    references = {"llama": write_reference("llama", tmp_path)}
+    widths = (40, 32, 24, 36)
+    ranks = run_distributed(pipelined, 2, references, ASYNC, widths)
+    plain = run_distributed(gradients_on_mesh, 2, references, dict(tensor_parallel_dim=2), widths)
+    for (found, graphs), expected in zip(ranks, plain):
+        assert sorted(graphs) == [(2, 0, 0, 2)] * 2 + [(2, 2, 0, 0)] * 2
+        for name, (_, gradient) in expected["llama"].items():
+            assert relative_error(found["llama"][name][1], gradient) < 1e-5, name
 
 
 @pytest.mark.parametrize(

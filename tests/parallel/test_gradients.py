@@ -40,8 +40,8 @@ def write_reference(case, folder):
     return folder
 
 
-def gradients_on_mesh(folders, layout):
-    """{case: {parameter: (part, gradient of it)}} of this rank."""
+def gradients_on_mesh(folders, layout, widths=()):
+    """{case: {parameter: (part, gradient of it)}} of this rank. widths: of micro-batches of both rows, cut to them; by default each row is one."""
     from tunesmith.checkpoint.load import load_weights, read_model_config
     from tunesmith.configs.layout import Layout
     from tunesmith.configs.shared import TrainSettings
@@ -67,11 +67,10 @@ def gradients_on_mesh(folders, layout):
         model.to_empty(device="cpu")
         model.init_buffers("cpu", 40)
         load_weights(model, folder, family)
-        positions = torch.arange(40).expand(2, 40)
-        batches = [
-            own_tokens(model, Batch(IDS[row : row + 1], LABELS[row : row + 1], positions[:1]), mesh)
-            for row in range(mesh.dp_rank, 2, mesh.dp_size)
-        ]
+        whole = Batch(IDS, LABELS, torch.arange(40).expand(2, 40))
+        cuts = [(slice(None), slice(width)) for width in widths]
+        cuts = cuts or [(slice(row, row + 1), slice(40)) for row in range(mesh.dp_rank, 2, mesh.dp_size)]
+        batches = [own_tokens(model, whole.map_tokens(lambda tokens, _, cut=cut: tokens[cut]), mesh) for cut in cuts]
 
         def loss_of(hidden, batch, model=model):
             return model.lm_head.cross_entropy(hidden, batch.labels, chunk_size=16)
