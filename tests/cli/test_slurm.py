@@ -128,7 +128,7 @@ def test_the_page_on_many_devices_is_true(monkeypatch, tmp_path):
 
     page = (EXAMPLES.parent / "docs" / "distributed.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^tune (run|validate|slurm) (.*)$", page, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for verb, text in commands:
         words = shlex.split(text.partition(" > ")[0])
         rest = slurm._split(words)[-1] if verb == "slurm" else torchrun.split(words)[1]

@@ -91,6 +91,20 @@ def test_validation_steps_are_those_of_all_ranks(tmp_path, layout, steps, said):
     assert ("run.toml:3: " in told[0] and "multiply 5 by" in told[0] and said in told[0]) if said else not told
 
 
+@pytest.mark.parametrize("section", ["parallelism", "experimental", "compile"])
+def test_asynchronous_tensor_parallelism(tmp_path, section):
+    content = (
+        f"[training]\ncompile = true\ntensor_parallel_degree = TP\n[{section}]\nenable_async_tensor_parallel = true\n"
+    )
+    for ranks in (1, 2):
+        (tmp_path / "run.toml").write_text(content.replace("TP", str(ranks)))
+        imported = import_toml(tmp_path / "run.toml")
+        load_settings("pretrain", imported.settings)
+        told = [note for note in map(str, imported.notes) if "`parallelism.enable_async" in note]
+        assert ("enable_async_tensor_parallel" in imported.settings.plain()) == (ranks == 2) == (not told)
+        assert all("run.toml:5: " in note and "`tensor_parallel_degree` above 1" in note for note in told)
+
+
 def test_the_debug_model_has_its_tokenizers_vocabulary(tmp_path):
     content = {
         "model": {"vocab": {"a": 0, "b": 1}},

@@ -109,6 +109,20 @@ def rows_problem(config: Any, ranks: int) -> str | None:
     )
 
 
+def async_problems(config: Any) -> Iterator[str]:
+    """What the options lack that `enable_async_tensor_parallel` can't do without."""
+    is_split = config.tensor_parallel_dim > 1
+    needed = {
+        "`tensor_parallel_dim` above 1, since ranks that split matrices have the messages": is_split,
+        "`compile: true`, since the compiler lets messages and products overlap": config.compile,
+        "`sequence_parallel: true`, whose messages are those that can be cut": config.sequence_parallel,
+        f"linked GPUs, not `device: {config.device}`": config.device.partition(":")[0] in ("auto", "cuda"),
+    }
+    for what, is_there in needed.items():
+        if not is_there:
+            yield f"`enable_async_tensor_parallel` needs {what}; set that, or leave it out"
+
+
 def split_block(ranks: int, what: str) -> str:
     """The sentence for 4-bit weights whose parts would not end where a block ends."""
     return (

@@ -5,6 +5,7 @@ from dataclasses import field
 from typing import Any, ClassVar, Literal
 
 from tunesmith.configs._section import section
+from tunesmith.configs.layout import async_problems
 from tunesmith.configs.stages import pipeline_problems
 
 
@@ -520,6 +521,8 @@ class TrainSettings(RunSettings):
     """Ranks that split each matrix."""
     sequence_parallel: bool = True
     """With tensor parallelism: between the halves of a layer each rank holds its part of the tokens instead of all."""
+    enable_async_tensor_parallel: bool = False
+    """With tensor parallelism of compiled layers on linked GPUs: matrices are multiplied in pieces while the next pieces travel between ranks."""
     context_parallel_dim: int = 1
     """Ranks that split each sequence."""
     pipeline_parallel_dim: int = 1
@@ -558,6 +561,8 @@ class TrainSettings(RunSettings):
         if self.optimizer_in_bwd:
             yield from self._in_backward()
         yield from pipeline_problems(self)
+        if self.enable_async_tensor_parallel:
+            yield from async_problems(self)
         if self.qat is not None:
             yield from self._quantizing(self.qat)
         if self.enable_activation_offloading and not self.enable_activation_checkpointing and self.compile:

@@ -78,6 +78,7 @@ RENAMED = {
     "model.hf_assets_path": "model.tokenizer_path",
     "lr_scheduler.min_lr_factor": "lr_scheduler.lr_min",
     "compile.enable": "training.compile",
+    "compile.enable_async_tensor_parallel": "parallelism.enable_async_tensor_parallel",
     "debug.seed": "training.seed",
     "debug.deterministic": "training.deterministic",
     "checkpoint.enable": "checkpoint.enable_checkpoint",
@@ -130,7 +131,6 @@ SILENT = set(
 
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "metrics.save_for_all_ranks": ((False,), "metrics are those of all ranks together, written once"),
-    "parallelism.enable_async_tensor_parallel": ((False,), "asynchronous tensor parallelism is not there yet"),
     "parallelism.enable_compiled_autograd": ((False,), "compiled autograd is not there; layers are compiled forward and backward"),
     "parallelism.context_parallel_rotate_method": (("allgather",), "keys and values are gathered; the numbers are the same"),
     "parallelism.pipeline_parallel_schedule_csv": ((None, ""), "schedules from a file are not there yet"),
@@ -216,6 +216,7 @@ class _Import:
         self.optimizer()
         self.schedule()
         self.batches()
+        self.asynchronous()
         self.precision()
         self.memory()
         self.logging()
@@ -416,6 +417,16 @@ class _Import:
             if name == "split_points":
                 value = [_layer_number(one) for one in _listed(value)]
             self.put(f"pipeline_parallel_{name}", value, key)
+
+    def asynchronous(self) -> None:
+        """On one rank torchtitan passes over it; here it would be refused."""
+        key = "parallelism.enable_async_tensor_parallel"
+        if not (asked := self.take(key)):
+            return
+        if self.number("parallelism.tensor_parallel_degree", 1) > 1:
+            self.put("enable_async_tensor_parallel", asked, key)
+        else:
+            self.tell(key, "it has an effect only with `tensor_parallel_degree` above 1; it is left out")
 
     def precision(self) -> None:
         """Weights are kept in float32 there, and cast for the computation."""

@@ -55,6 +55,16 @@ def supports_bf16(device: torch.device) -> bool:
     return module.is_bf16_supported() if hasattr(module, "is_bf16_supported") else True
 
 
+def has_symmetric_memory(device: torch.device) -> bool:
+    """Whether devices of this kind may read each other's memory in the middle of a kernel, and torch was built for it."""
+    return device.type == "cuda" and torch.distributed.is_nccl_available()
+
+
+def reads_memory_of(device: torch.device, index: int) -> bool:
+    """Whether the device reads the memory of the one numbered `index` of the same kind and machine directly (NVLink, or peers on PCIe)."""
+    return index < torch.accelerator.device_count() and torch.cuda.can_device_access_peer(device, index)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU always has."""
     if device.type != "cpu":

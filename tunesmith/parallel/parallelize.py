@@ -10,6 +10,7 @@ from torch import nn
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.errors import UserError
 from tunesmith.nn.sequence_shards import SequenceShards
+from tunesmith.parallel.async_tensor import pipelining_options
 from tunesmith.parallel.memory import apply_activation_checkpointing
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.pipeline import cut_into_stages
@@ -27,7 +28,7 @@ def parallelize(
     decoder: Any = model.model
     all_layers = list(decoder.layers.values())
     cut_into_stages(model, mesh, config)
-    apply_tensor_parallel(model, plan, mesh, config.sequence_parallel)
+    apply_tensor_parallel(model, plan, mesh, config.sequence_parallel, config.enable_async_tensor_parallel)
     if mesh.size("cp") > 1:
         model.sequence_shards = SequenceShards(mesh.group("cp"))  # type: ignore[assignment]
     if config.enable_activation_checkpointing:  # every n-th of all layers, whichever are here
@@ -35,9 +36,11 @@ def parallelize(
     if config.compile:
         # Fused kernels keep bfloat16's intermediate results in float32, unless told otherwise: one weight in twenty would be
         # rounded to another level than the converted model's.
-        exact = {"emulate_precision_casts": True} if config.qat else None
+        options = {"emulate_precision_casts": True} if config.qat else {}
+        if config.enable_async_tensor_parallel:
+            options |= pipelining_options(mesh)
         for layer in decoder.layers.values():
-            layer.compile(options=exact)
+            layer.compile(options=options or None)
     if mesh.size("dp_replicate", "dp_shard", "cp") > 1 or compute_dtype is not None or config.fsdp_cpu_offload:
         decoder.computes_in, decoder.computes_on = compute_dtype, mesh.device
         _shard(model, mesh, config, compute_dtype)

@@ -37,16 +37,19 @@ _OUTPUTS = ("colwise", "fused_qkv", "fused_pair")
 """Words for matrices whose output features are cut."""
 
 
-def apply_tensor_parallel(model: nn.Module, plan: dict[str, str], mesh: Mesh, sequence_parallel: bool) -> None:
+def apply_tensor_parallel(
+    model: nn.Module, plan: dict[str, str], mesh: Mesh, sequence_parallel: bool, asynchronous: bool = False
+) -> None:
     """Cut the modules of `model` (on the meta device) that `plan` names, in place.
 
+    asynchronous: whether the compiler will let messages and products overlap.
     Leaves on the model: `tensor_parts`, {parameter: part that this rank holds}, and `summed_over_tp`, the names of the
     parameters that are whole on every rank and of whose gradient each rank has a summand.
     """
     if mesh.size("tp") == 1:
         return
     group = mesh.group("tp")
-    split = _Split(group, sequence_parallel)
+    split = _Split(group, sequence_parallel, asynchronous)
     words = {name: word for name, _ in model.named_modules() if (word := _word(plan, name))}
     parts: dict[str, Part] = {}
     summands: set[str] = set()
@@ -162,8 +165,8 @@ def _partial(module: nn.Module, word: str) -> list[str]:
 class _Split:
     """How a stream of hidden states (B, T, D) enters and leaves the region where every rank computes its part."""
 
-    def __init__(self, group: Group, sequence_parallel: bool):
-        self.group, self.sequence_parallel = group, sequence_parallel
+    def __init__(self, group: Group, sequence_parallel: bool, asynchronous: bool):
+        self.group, self.sequence_parallel, self.asynchronous = group, sequence_parallel, asynchronous
         self.cuts = sequence_parallel
         """Whether ranks now hold parts of the tokens: not where these don't come out even, as in decoding one by one."""
 
@@ -200,6 +203,8 @@ def _rewire(module: nn.Module, word: str, split: _Split, parts: dict[str, Part])
     """Make `module` compute with its parts what the whole would."""
     if word == "rowwise":
         _sum_outputs(module, split)
+    elif word in _OUTPUTS and split.asynchronous and not isinstance(module, FakeQuantizedLayer):
+        _add_bias_apart(module)
     elif word == "embedding":
         _look_up_own_rows(module, split)  # type: ignore[arg-type]
     elif word == "head":
@@ -220,6 +225,12 @@ def _sum_outputs(module: Any, split: _Split) -> None:
         return y if module.bias is None else y + module.bias.to(y.dtype)
 
     module.forward = forward
+
+
+def _add_bias_apart(module: Any) -> None:
+    """The compiler pipelines products alone, not those that add a bias on the way."""
+    if module.bias is not None:
+        module.forward = lambda x: (y := _without_bias(module, x)) + module.bias.to(y.dtype)
 
 
 def _without_bias(module: Any, x: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.fake_quantize import set_rounding
 from tunesmith.nn.lora import freeze_base
+from tunesmith.parallel.async_tensor import check_async_tensor_parallel
 from tunesmith.parallel.device import pick_device
 from tunesmith.parallel.mesh import DATA, Mesh, Ranks, start_mesh, stop_mesh
 from tunesmith.remote import is_remote, working_folder
@@ -428,6 +429,8 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
         stack.callback(watchdog.close)
         stack.enter_context(noticing_lost_ranks(watchdog.where))
         mesh.ranks.on_all(lambda: check(config, folder_is_checked_later=True))
+        if config.enable_async_tensor_parallel:
+            check_async_tensor_parallel(mesh)
         claimed = _claimed(folder, config.resume_from_checkpoint, uploads)
         resumes = mesh.ranks.from_main(lambda: stack.enter_context(claimed))
         try:
