@@ -55,6 +55,11 @@ def supports_bf16(device: torch.device) -> bool:
     return module.is_bf16_supported() if hasattr(module, "is_bf16_supported") else True
 
 
+def supports_float8(device: torch.device) -> bool:
+    """Whether the device holds 8-bit floating-point numbers; products of them are computed in wider ones."""
+    return device.type != "mps"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU always has."""
     if device.type != "cpu":
