@@ -13,6 +13,7 @@ from tunesmith.parallel.device import (
     rng_state,
     set_rng_state,
     supports_bf16,
+    supports_float8,
     synchronize,
     total_memory_gib,
 )
@@ -38,7 +39,7 @@ def test_devices_are_found_and_absent_ones_named():
     assert device_name(there)
     synchronize(there)
     empty_cache(there)
-    assert supports_bf16(CPU)
+    assert supports_bf16(CPU) and supports_float8(CPU) and not supports_float8(torch.device("mps"))
     absent = "xpu" if there.type != "xpu" else "cuda"
     for name in (absent, f"{there.type}:99", "tpu", "cpu:1"):
         with pytest.raises(UserError, match=rf"device={name} is not here: this machine has .*cpu; choose one of them"):

@@ -14,13 +14,13 @@ from tunesmith.nn.fake_quantize import apply_fake_quantization
 from tunesmith.nn.quantize import NF4Linear
 from tunesmith.nn.quantized import QuantizedLinear
 from tunesmith.nn.rounding import rounded
-from tunesmith.nn.scheme import INTEGER_TYPES, KINDS, Scheme
+from tunesmith.nn.scheme import KINDS, TRAINED, Scheme
 from tunesmith.training.convert import quantize_repository
 
 FAMILIES = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo2".split()
 
 SOME = [(case, "int4_weight_only") for case in ("llama mqa tied", "gemma3_text", "phi3")]
-SOME += [("llama mha biased", kind) for kind in KINDS if kind not in INTEGER_TYPES]
+SOME += [("llama mha biased", kind) for kind in KINDS if KINDS[kind].groups != "always"]
 ALL = [case for case in product([*FAMILIES, "llama mha biased", "llama mqa tied"], KINDS) if case not in SOME]
 QUIET = ("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -43,7 +43,7 @@ def test_transformers_reads_what_we_do(tmp_path, case, kind):
     width = {"intermediate_size": 128} if kind == "nf4" else {}
     make_reference(case, **width).save_pretrained(tmp_path / "model")
     pytest.importorskip("bitsandbytes")
-    scheme = Scheme(kind, 32 if kind in INTEGER_TYPES else None)
+    scheme = Scheme(kind)
     quantize_repository(tmp_path / "model", tmp_path / "quantized", scheme)
     ours = tunesmith.load_model(tmp_path / "quantized")
     linear = [module for module in ours.modules() if isinstance(module, nn.Linear)]
@@ -56,7 +56,7 @@ def test_transformers_reads_what_we_do(tmp_path, case, kind):
         trained = tunesmith.load_model(tmp_path / "model")
         with rounded(trained, scheme):
             errors = [(one - found).norm() / found.norm() for one in (expected, trained.logits(random_ids()))]
-        if kind in INTEGER_TYPES:
+        if kind in TRAINED.values():
             apply_fake_quantization(trained, scheme)
             errors.append((trained.logits(random_ids()) - found).norm() / found.norm())
     assert max(errors) < (2e-2 if scheme.rounds_inputs else 1e-5)

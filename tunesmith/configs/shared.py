@@ -82,10 +82,10 @@ class LoRAWeights(Checked):
 class QAT(Checked):
     """Quantization-aware training: the model computes with rounded numbers, so that it learns to do without the digits that quantization takes."""
 
-    type: Literal["int8_dynamic_int4", "int4_weight_only", "float8"] = "int8_dynamic_int4"
-    """What is rounded: int8_dynamic_int4 (8da4w), weights to 4 bits in groups and each token's inputs to 8; int4_weight_only, the weights alone; float8, both."""
+    type: Literal["int8_dynamic_int4", "int4_weight_only", "float8", "float8_weight_only"] = "int8_dynamic_int4"
+    """What is rounded: int8_dynamic_int4 (8da4w), weights to 4 bits in groups and each token's inputs to 8; int4_weight_only, the weights alone; float8, both to 8-bit floating point (any device but mps); float8_weight_only, the weights alone."""
     group_size: int = 32
-    """Neighbouring weights that share a scale (float8: a row does)."""
+    """Neighbouring weights that share a scale; of no effect on float8, where all weights of an output do."""
     fake_quant_after_n_steps: int = 0
     """Steps that compute with plain numbers first."""
     skip_indivisible: bool = False

@@ -145,7 +145,7 @@ class Reader:
         if ones:
             groups = self._groups([entries[index][0] for index in ones])
             if self._compiled is not None and len(ones) == len(line) and self._compiled.fits(groups):
-                return self._in_order(self._compiled.read(*numbers[:3], places, groups), entries, line)
+                return self._in_order(self._compiled.read(numbers[0], where, numbers[2], places, groups), entries, line)
             parts.append(Steps(0, len(ones), len(ones), 1, groups, where[: len(ones), None], size))
         if few:
             parts.append(self._rectangle([entries[index] for index in few], len(ones)))

@@ -1,6 +1,6 @@
 """Quantization-aware training: linear layers that compute with rounded weights and inputs, and learn as if they were not rounded.
 
-What is computed is what the converted layer (`nn.int4`, torchao) will compute, operation by operation. The gradient of rounding is
+What is computed is what the converted layer (`nn.int4`, `nn.float8`) will compute, operation by operation. The gradient of rounding is
 taken for 1 everywhere (straight-through, arXiv 1308.3432), and not cut at the ends of a range: ranges follow the values, so that
 nothing lies outside by more than rounding, and a zero there would freeze the largest weight of a group. Scales are taken for constant.
 
@@ -9,17 +9,51 @@ O outputs, I inputs, R rank of an adapter, N tokens.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.nn.int4 import round_tokens, round_weight, token_range, token_scales
+from tunesmith.nn.float8 import Float8Rounding
+from tunesmith.nn.int4 import Int4Rounding
 from tunesmith.nn.linear import Linear, linear
 from tunesmith.nn.lora import LoRALayer, LoRALinear, replace_module, retyped
 from tunesmith.nn.rounding import quantizable_layers
 from tunesmith.nn.scheme import Scheme
+
+
+class Rounding(Protocol):
+    """The arithmetic of one kind of levels, which the converted layer shares.
+
+    A *reach* says how far the numbers go that share a scale. Where ranks hold parts of these, the largest of their reaches is that
+    of the whole, and the numbers here are rounded as parts of it.
+    """
+
+    def token_reach(self, x: Tensor) -> Tensor | None:
+        """(…, I) -> (…, 1 or 2), for each token; None: inputs stay as they are."""
+        ...
+
+    def weight_reach(self, weight: Tensor) -> Tensor | None:
+        """(O, I) -> (O, 1); None: no scale is shared with what another rank holds."""
+        ...
+
+    def round_tokens(self, x: Tensor, reach: Tensor | None) -> Tensor:
+        """What rounded inputs (…, I) stand for, in their number type."""
+        ...
+
+    def round_weight(self, weight: Tensor, reach: Tensor | None) -> Tensor:
+        """What a rounded weight (O, I) stands for, in its number type."""
+        ...
+
+    def product(
+        self, x: Tensor, token_reach: Tensor | None, weight: Tensor, weight_reach: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Inputs (…, I) @ weight (O, I)ᵀ + bias (O,), all of one number type, as the converted layer computes it."""
+        ...
+
+
+_ROUNDINGS: dict[str, Callable[[Scheme], Rounding]] = {"int4": Int4Rounding, "float8": Float8Rounding}
 
 
 def merged(weight: Tensor, A: Tensor | None, B: Tensor | None, ratio: Tensor | None, scaling: float) -> Tensor:
@@ -39,26 +73,26 @@ class _RoundedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x, scale, zero_point, bias, weight, A, B, ratio, scaling: float, group_size: int):
-        ctx.save_for_backward(x, scale, zero_point, weight, A, B, ratio)
-        ctx.scaling, ctx.group_size = scaling, group_size
-        rounded = x if scale is None else round_tokens(x, scale, zero_point)
-        dense = round_weight(merged(weight, A, B, ratio, scaling).to(x.dtype), group_size)
-        return F.linear(rounded, dense, None if bias is None else bias.to(x.dtype))
+    def forward(ctx: Any, x, bias, weight, A, B, ratio, scaling: float, rounding: Rounding, over_ranks):
+        dense = merged(weight, A, B, ratio, scaling).to(x.dtype)
+        token_reach, weight_reach = over_ranks(rounding.token_reach(x)), over_ranks(rounding.weight_reach(dense))
+        ctx.save_for_backward(x, token_reach, weight_reach, weight, A, B, ratio)
+        ctx.scaling, ctx.rounding = scaling, rounding
+        return rounding.product(x, token_reach, dense, weight_reach, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, scale, zero_point, weight, A, B, ratio = ctx.saved_tensors
+        x, token_reach, weight_reach, weight, A, B, ratio = ctx.saved_tensors
         of_x = of_bias = of_weight = of_A = of_B = of_ratio = None
         if ctx.needs_input_grad[0]:
             dense = merged(weight, A, B, ratio, ctx.scaling).to(x.dtype)
-            of_x = gradient @ round_weight(dense, ctx.group_size)
+            of_x = gradient @ ctx.rounding.round_weight(dense, weight_reach)
         rows = gradient.flatten(0, -2)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[1]:
             of_bias = rows.sum(0)
-        if not any(ctx.needs_input_grad[4:]):
-            return of_x, None, None, of_bias, None, None, None, None, None, None
-        rounded = (x if scale is None else round_tokens(x, scale, zero_point)).flatten(0, -2)
+        if not any(ctx.needs_input_grad[2:]):
+            return of_x, of_bias, None, None, None, None, None, None, None
+        rounded = ctx.rounding.round_tokens(x, token_reach).flatten(0, -2)
         if A is None:
             of_weight = (rows.t() @ rounded).to(weight.dtype)
         else:
@@ -70,19 +104,20 @@ class _RoundedProduct(torch.autograd.Function):
                 rows = rows * ratio.to(x.dtype)
             of_B = (rows.t() @ narrow * ctx.scaling).to(B.dtype)
             of_A = ((rows @ low_B).t() @ rounded * ctx.scaling).to(A.dtype)
-        return of_x, None, None, of_bias, of_weight, of_A, of_B, of_ratio, None, None
+        return of_x, of_bias, of_weight, of_A, of_B, of_ratio, None, None, None
 
 
 class FakeQuantizedLayer(nn.Module):
     """What the layers below share."""
 
     scheme: Scheme
+    rounding: Rounding
     rounds: bool = True
     """Whether it rounds by now."""
 
     @staticmethod
-    def over_tokens(reach: Tensor) -> Tensor:
-        """`token_range` of whole tokens from that of the part that is here; tensor parallelism, which cuts them, overrides it."""
+    def over_ranks(reach: Tensor | None) -> Tensor | None:
+        """The reach of whole tokens and rows from that of the part that is here; tensor parallelism, which cuts them, overrides it."""
         return reach
 
     def rounded_product(
@@ -91,11 +126,7 @@ class FakeQuantizedLayer(nn.Module):
         """(…, I) -> (…, O), in the number type that is computed in: that of the weight, or what autocast says."""
         kind = x.device.type
         x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype)
-        scale = zero_point = None
-        if self.scheme.rounds_inputs:
-            with torch.no_grad():
-                scale, zero_point = token_scales(self.over_tokens(token_range(x)))
-        arguments = x, scale, zero_point, bias, weight, A, B, ratio, scaling, self.scheme.group_size
+        arguments = x, bias, weight, A, B, ratio, scaling, self.rounding, self.over_ranks
         return cast(Tensor, _RoundedProduct.apply(*arguments))
 
 
@@ -153,7 +184,7 @@ def apply_fake_quantization(model: nn.Module, scheme: Scheme) -> list[str]:
     for name in names:
         module = model.get_submodule(name)
         layer = retyped(module, _TRAINED[type(module)])
-        layer.scheme = scheme
+        layer.scheme, layer.rounding = scheme, _ROUNDINGS[scheme.kind.levels](scheme)
         replace_module(model, name, layer)
     return names
 

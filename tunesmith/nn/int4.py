@@ -7,6 +7,7 @@ O outputs, I inputs, G groups of an output's inputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,6 +65,31 @@ def round_tokens(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """(…, I) as it is after rounding to 8 bits."""
     levels = (x * (1.0 / scale)).round_().add_(zero_point).clamp_(-128, 127)
     return levels.sub_(zero_point).mul_(scale)
+
+
+@dataclass(frozen=True)
+class Int4Rounding:
+    """See `Rounding` in `nn.fake_quantize`."""
+
+    scheme: Scheme
+
+    def token_reach(self, x: Tensor) -> Tensor | None:
+        return token_range(x) if self.scheme.rounds_inputs else None
+
+    def weight_reach(self, weight: Tensor) -> Tensor | None:
+        """None: no rank holds a part of a group."""
+        return None
+
+    def round_tokens(self, x: Tensor, reach: Tensor | None) -> Tensor:
+        return x if reach is None else round_tokens(x, *token_scales(reach))
+
+    def round_weight(self, weight: Tensor, reach: Tensor | None) -> Tensor:
+        return round_weight(weight, self.scheme.group_size or weight.shape[-1])
+
+    def product(
+        self, x: Tensor, token_reach: Tensor | None, weight: Tensor, weight_reach: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        return F.linear(self.round_tokens(x, token_reach), self.round_weight(weight, weight_reach), bias)
 
 
 class Int4Linear(QuantizedLinear):

@@ -31,8 +31,13 @@ KINDS = {
     "nf4": Kind("nf4", False, "never", "weights in 4-bit NormalFloat, in blocks of 64, as bitsandbytes has them"),
 }
 
-INTEGER_TYPES = ("int8_dynamic_int4", "int4_weight_only")
-"""What training can round for."""
+TRAINED = {
+    "int8_dynamic_int4": "int8_dynamic_int4",
+    "int4_weight_only": "int4_weight_only",
+    "float8": "float8_dynamic",
+    "float8_weight_only": "float8_weight_only",
+}
+"""What training can round for: {its name in the section `qat`: scheme}."""
 
 DEFAULT_GROUP_SIZE = 32
 NF4_BLOCK = 64
@@ -51,6 +56,12 @@ class Scheme:
             object.__setattr__(self, "group_size", DEFAULT_GROUP_SIZE)
         if self.group_size is not None and self.kind.groups == "never":
             raise ValueError(f"{self.type} has no groups")
+
+    @classmethod
+    def trained(cls, type: str, group_size: int) -> Scheme:
+        """That of a section `qat`, whose groups float8 has none of."""
+        grouped = KINDS[TRAINED[type]].groups != "never"
+        return cls(TRAINED[type], group_size if grouped else None)
 
     @property
     def kind(self) -> Kind:

@@ -65,6 +65,11 @@ def reads_memory_of(device: torch.device, index: int) -> bool:
     return index < torch.accelerator.device_count() and torch.cuda.can_device_access_peer(device, index)
 
 
+def supports_float8(device: torch.device) -> bool:
+    """Whether the device holds 8-bit floating-point numbers; products of them are computed in wider ones."""
+    return device.type != "mps"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU always has."""
     if device.type != "cpu":

@@ -213,7 +213,7 @@ def _rewire(module: nn.Module, word: str, split: _Split, parts: dict[str, Part])
     elif word == "all_heads":
         _norm_over_all(module, split.group)  # type: ignore[arg-type]
     if isinstance(module, FakeQuantizedLayer) and word == "rowwise":
-        module.over_tokens = lambda reach: largest(reach, split.group)
+        module.over_ranks = lambda reach: None if reach is None else largest(reach, split.group)
     if isinstance(module, LoRALayer) and word == "rowwise":
         module.over_inputs = lambda lengths: summed(lengths.square(), split.group).sqrt()
         module.drop = partial(_drop_own_features, parts["lora_A"], module.lora.dropout)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.adapter import check_changes_something
-from tunesmith.checkpoint.check import TOLERANCES, check_rounded_logits, logits_from_files, probe_logits
+from tunesmith.checkpoint.check import check_rounded_logits, logits_from_files, probe_logits, rounded_tolerance
 from tunesmith.checkpoint.load import stated_dtype
 from tunesmith.checkpoint.quantized import Written
 from tunesmith.configs.quantize import Quantize
@@ -31,7 +31,7 @@ from tunesmith.export.source import find_source
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.rounding import linear_layers, rounded
 from tunesmith.nn.scheme import Scheme
-from tunesmith.parallel.device import pick_device
+from tunesmith.parallel.device import pick_device, supports_float8
 from tunesmith.training.build import DTYPES, load_model, stream_model
 from tunesmith.training.calibrate import calibrate, calibration_samples
 from tunesmith.training.convert import replacing, write_model
@@ -46,8 +46,10 @@ def main(config: Quantize) -> None:
     check(config)
     scheme, device = Scheme(config.scheme.type, config.scheme.group_size), pick_device(config.device)
     output = Path(config.output_dir).expanduser()
-    if device.type == "mps" and scheme.kind.levels == "float8":
-        raise UserError(f"`scheme.type: {scheme.type}`: mps has no 8-bit floating-point numbers; set `device=cpu`")
+    if scheme.kind.levels == "float8" and not supports_float8(device):
+        raise UserError(
+            f"`scheme.type: {scheme.type}`: {device.type} has no 8-bit floating-point numbers; set `device=cpu`"
+        )
     source = find_source(config.model, config.base)
     check_roundable(config, source.hf_config, source.family, source.config)
     dtype = DTYPES[config.dtype] if config.dtype else stated_dtype(source.hf_config)
@@ -73,7 +75,7 @@ def main(config: Quantize) -> None:
     shard_size = parse_size(config.max_shard_size)
     with replacing(output, only_empty=True) as folder:
         written = write_model(model, folder, scheme, dtype, source.weights, source.tokenizer, shard_size, chosen)
-        tolerance = config.tolerance or max(TOLERANCES[dtype], 1e-2 if scheme.rounds_inputs else 0.0)
+        tolerance = config.tolerance or rounded_tolerance(scheme, dtype)
         difference = check_rounded_logits(ours, logits_from_files(folder, device), tolerance, str(output))
         after = measure(load_model(folder, device=device)) if tokenizer else None
     print(f"wrote {output}: {scheme}{_method(config)}, {_layers(model, written)}")

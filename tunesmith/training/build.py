@@ -30,7 +30,7 @@ from tunesmith.nn.fake_quantize import apply_fake_quantization, set_rounding
 from tunesmith.nn.lora import apply_lora, freeze_base, materialize_adapters, reset_adapters
 from tunesmith.nn.quantize import quantize_linear_layers
 from tunesmith.nn.scheme import Scheme
-from tunesmith.parallel.device import pick_device, supports_bf16
+from tunesmith.parallel.device import pick_device, supports_bf16, supports_float8
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.parallelize import parallelize
 from tunesmith.parallel.tensor import apply_tensor_parallel
@@ -178,6 +178,10 @@ def construct_model(
     """
     if config.dtype == "bf16" and not supports_bf16(mesh.device):
         raise UserError(f"{mesh.device} has no bf16: use `dtype: fp16` or `dtype: fp32`")
+    if config.qat and scheme_of(config.qat).kind.levels == "float8" and not supports_float8(mesh.device):
+        raise UserError(
+            f"`qat.type: {config.qat.type}`: {mesh.device.type} has no 8-bit floating-point numbers; set `device=cpu`"
+        )
     check_trainable(config, source.hf_config)
     lora = config.weights if isinstance(config.weights, LoRAWeights) else None
     dtype = DTYPES[config.dtype] if lora else trained_dtype(config)
@@ -233,7 +237,7 @@ def construct_frozen(
 
 def scheme_of(qat: QAT) -> Scheme:
     """What the layers of a run compute with."""
-    return Scheme(qat.type, qat.group_size)
+    return Scheme.trained(qat.type, qat.group_size)
 
 
 def trained_dtype(config: TrainSettings) -> torch.dtype:

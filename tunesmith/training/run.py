@@ -30,7 +30,7 @@ import torch
 import tunesmith
 from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
-from tunesmith.checkpoint.check import TOLERANCES, check_rounded_logits, logits_from_files, probe_logits
+from tunesmith.checkpoint.check import check_rounded_logits, logits_from_files, probe_logits, rounded_tolerance
 from tunesmith.checkpoint.hf import check_saved, stage_repository
 from tunesmith.checkpoint.resume import (
     Checkpoints,
@@ -113,6 +113,7 @@ class Run:
         self._check_saved: Callable[[Path], float | None] | None = None
         self._model: Any = None
         self._base: Path | None = None
+        self._optimizer: Any = None
 
     def check_fit(self, source: Source, tokenizer: Tokenizer, beside: Source | None = None) -> None:
         """Before data are read: raise UserError where model, tokenizer, adapter and layout don't fit together, warn where they may not.
@@ -322,6 +323,7 @@ class Run:
         )
         check = peft.check_saved_adapter if adapter else partial(check_saved, ranks=self.mesh.ranks)
         self._check_saved = lambda folder: check(model, folder)
+        self._optimizer = optimizer
         self._data, self._model, self._base = data, model, source.folder if adapter else None
 
     def _fingerprint(self, source: Source, data: Any) -> dict[str, Any]:
@@ -382,11 +384,12 @@ class Run:
         scheme, target = scheme_of(qat), self.folder / "quantized"
         dtype, device = DTYPES[self.config.dtype], self._model.model.device
         set_rounding(self._model, True)
-        ours = probe_logits(self._model)
+        with self._optimizer.precision():  # levels are those of the numbers that are computed with
+            ours = probe_logits(self._model)
 
         def write() -> str:
             written = quantize_repository(checkpoint, target, scheme, dtype, self._base)
-            tolerance = max(TOLERANCES[dtype], 1e-2)
+            tolerance = max(rounded_tolerance(scheme, dtype), 1e-2)  # weights that ranks merge may jump, too
             difference = check_rounded_logits(ours, logits_from_files(target, device), tolerance, str(target))
             return (
                 f"quantized ({scheme}): {target}, weights of {format_bytes(written.size)} instead of {format_bytes(written.plain_size)} in {self.config.dtype}; "

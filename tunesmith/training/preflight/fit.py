@@ -13,7 +13,7 @@ from tunesmith.configs.layout import Layout
 from tunesmith.configs.stages import stage_layers
 from tunesmith.errors import UserError
 from tunesmith.hub import follow_latest, read_json
-from tunesmith.nn.scheme import INTEGER_TYPES, Scheme
+from tunesmith.nn.scheme import Scheme
 from tunesmith.training.preflight.files import not_a_folder, option_of
 
 if TYPE_CHECKING:
@@ -122,13 +122,7 @@ def layout_problems(config: Any, shape: DecoderConfig) -> Iterator[str]:
 def group_problems(config: Any, family: Family, shape: DecoderConfig) -> Iterator[str]:
     """One sentence for the linear layers whose inputs `qat` can't cut into groups, or tensor parallelism would cut inside a group."""
     qat = config.qat
-    if qat is None:
-        return
-    if qat.type not in INTEGER_TYPES:
-        yield (
-            f"`qat.type: {qat.type}` needs a device that multiplies 8-bit floating-point numbers, to convert and check the model on, and "
-            f"none is supported yet: take {' or '.join(INTEGER_TYPES)}"
-        )
+    if qat is None or Scheme.trained(qat.type, qat.group_size).group_size is None:
         return
     layers = family.linear_inputs(shape)
     if problem := uneven_problem("qat", qat, qat.group_size, layers):
