@@ -35,14 +35,32 @@ def attend_cached(
 
 def _chunk(q, k, v, chunk: Chunk, pool: BlockPool, layer: int, window: int | None, scale: float, softcap) -> Tensor:
     """Neighbours of one sequence: q (T, H, K), k and v (T, G, K) -> (T, H, K)."""
-    length = len(q)
+    length, is_cpu = len(q), q.device.type == "cpu"
     q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-    if chunk.past == 0:
+    if chunk.past == 0 and (not is_cpu or softcap is not None):
         mask = causal_mask(length, window, q.device)
         return kernel(q, k, v, mask, mask is None, scale, softcap)[0].transpose(0, 1)
-    keys, values = pool.of_sequence(layer, chunk.table, chunk.past + length)
+    keys, values = (k, v) if chunk.past == 0 else pool.of_sequence(layer, chunk.table, chunk.past + length)
+    if is_cpu and softcap is None:
+        return _in_pieces(q, keys, values, chunk, window, scale)[0].transpose(0, 1)
     y = kernel(q.to(keys.dtype), keys, values, chunk.mask(window), False, scale, softcap)
     return y[0].transpose(0, 1).to(q.dtype)
+
+
+_PIECE = 64
+"""Queries for which keys that none of them sees are left out: the CPU's kernel goes through up to 512 keys whether they are seen or not."""
+
+
+def _in_pieces(q: Tensor, keys: Tensor, values: Tensor, chunk: Chunk, window: int | None, scale: float) -> Tensor:
+    """q (1, H, T, K), keys and values (1, G, past + T, K) -> (1, H, T, K)."""
+    dtype, mask, parts = q.dtype, chunk.mask(window), []
+    q, keys, values = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, keys, values))
+    for start in range(0, q.shape[2], _PIECE):
+        rows = slice(start, min(start + _PIECE, q.shape[2]))
+        seen = slice(0 if window is None else max(0, chunk.past + start - window + 1), chunk.past + rows.stop)
+        pieces = q[:, :, rows], keys[:, :, seen], values[:, :, seen]
+        parts.append(kernel(*pieces, mask[:, :, rows, seen], False, scale, None))
+    return torch.cat(parts, 2).to(dtype)
 
 
 def _steps(
