@@ -121,7 +121,8 @@ def _alone(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """
     (tokens, heads, _), (blocks, grouped, slots, size) = q.shape, keys.shape
     queries = q.transpose(0, 1).reshape(grouped, -1, size).to(keys.dtype)  # (G, R * T, K)
-    scores = torch.bmm(queries.repeat(blocks, 1, 1), keys.flatten(0, 1).transpose(1, 2)).float()
+    queries = queries.expand(blocks, -1, -1, -1).reshape(blocks * grouped, -1, size)
+    scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2)).float()
     scores = scores.view(blocks, heads, tokens, slots) + mask.view(blocks, 1, tokens, slots)
     seen = scores.permute(1, 2, 0, 3).reshape(heads, tokens, -1).softmax(-1)
     seen = seen.view(heads, tokens, blocks, slots).permute(2, 0, 1, 3).reshape(blocks * grouped, -1, slots)
