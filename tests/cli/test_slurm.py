@@ -165,3 +165,10 @@ def test_examples_are_well_formed_and_their_commands_are_understood(name, monkey
         for pod in (master, worker):
             (container,) = pod["template"]["spec"]["containers"]
             assert container["name"] == "pytorch"  # the operator looks for that name
+    else:  # a bucket mounted as a folder shows files of other nodes late
+        [task] = documents
+        assert (
+            list(task["volumes"]) == ["/shared"]
+            and "file_mounts" not in task
+            and "output_dir=/shared/run" in task["run"]
+        )
