@@ -84,6 +84,10 @@ def test_setting(word, value):
 def test_text_that_looks_like_yaml_stays_text():
     assert load_config("generate", "model=m", "prompt=Hello: world").prompt == "Hello: world"
     assert load_config("generate", "model=m", "prompt=[INST] hi").prompt == "[INST] hi"
+    assert load_config("generate", "model=m", "prompt=[INST] hi [/INST]").prompt == "[INST] hi [/INST]"
+    assert load_config("generate", "model=m", "prompt='[A color:, x]'").prompt == "[A color:, x]"
+    assert load_config("generate", "model=m", "prompt=['A color:', x]").prompt == ["A color:", "x"]
+    assert load_config("generate", "model=m", "regex=[a:]").regex == "[a:]"
     assert load_config("generate", "model=m", "prompt=[a, b]").prompt == ["a", "b"]
     assert load_config("generate", "model=m", "prompt={user: hi}").prompt == Prompt(user="hi")
     assert load_config("generate", "model=m", "prompt.user=hi", "prompt.system=be kind").prompt == Prompt(

@@ -94,6 +94,10 @@ CASES: dict[str, tuple[dict[str, str | bytes], list[str]]] = {
         {},
         ["generate", "model=m", "top_p=2", "temperature=-1", "max_new_tokens=0", "prompt={usr: hi}"],
     ),
+    "brackets": (
+        {},
+        ["generate", "model=m", "prompt=[A color:, x]", "stop=[a: b, c]", "json_schema={type: object, type: array}"],
+    ),
     "overlay_of_another_recipe": ({}, ["generate", "model=m", "+lora"]),
     "not_there_yet": ({}, ["sft", *NEEDED, "+fp8"]),
     "recipe_not_there_yet": ({}, ["grpo", "model=m"]),

@@ -270,7 +270,7 @@ def test_adapters_that_llama_cpp_has_no_place_for(tmp_path):
     adapter = make_adapter(folder, tmp_path / "head", target_modules=["lm_head", "q_proj"])
     with pytest.raises(UserError, match="the adapter is also on lm_head, which is the embedding in llama.cpp"):
         run(adapter, tmp_path / "out", **options)
-    with pytest.raises(UserError, match="an adapter is not rounded to q8_0"):
+    with pytest.raises(ValueError, match="an adapter is not rounded to q8_0"):
         run(adapter, tmp_path / "out", format="gguf", gguf=GGUFFile("q8_0", lora=True))
     assert not (tmp_path / "out").exists()
     export(adapter, tmp_path / "out")  # merged, the output layer is one of its own

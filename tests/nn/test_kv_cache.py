@@ -55,6 +55,8 @@ def fill(pool, table, keys, values):
         ([[7, 1], [30], [3, 12, 5]], None),  # far apart
         ([[20, 21, 0], [20, 21, 1], [20, 2], [20, 21, 3], [20, 4]], 16),  # shared, at the other end
         ([[4, 5, 0], [4, 6, 1], [9, 3, 2]], None),  # shared by some, in between
+        ([[3, 4, 5]], None),  # one alone, in neighbours
+        ([[3, 30, 12]], None),  # one alone, far apart
     ],
 )
 def test_steps_and_chunks_are_the_definition(window, softcap, heads, tokens, tables, low):
@@ -105,6 +107,29 @@ def test_steps_and_chunks_are_the_definition(window, softcap, heads, tokens, tab
         assert torch.allclose(found[mine], plain(q[mine], keys, values, 0.4, window, softcap), atol=1e-5)
     for mine, (keys, values) in ((slice(line, line + 4), past), (slice(line + 4, line + 10), fresh)):
         assert torch.allclose(found[mine], plain(q[mine], keys, values, 0.4, window, softcap), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("past", [0, 1, 70])
+@pytest.mark.parametrize("length", [63, 64, 65, 130])
+def test_chunks_of_several_pieces_are_the_definition(length, past, dtype):
+    generator = torch.Generator().manual_seed(length + past)
+    q, keys, values = (
+        torch.randn(size, heads, K, generator=generator).to(dtype)
+        for size, heads in ((length, 4), (past + length, 2), (past + length, 2))
+    )
+    table = torch.randperm(60, generator=generator)
+    for window in (None, 1, 3, 64, 100):
+        pool = BlockPool(config(), 60, block_size=4)
+        if past:
+            fill(pool, table.tolist(), keys[:past], values[:past])
+        places = torch.arange(past, past + length)
+        chunk = Chunk(0, length, past, table[: -(-(past + length) // 4)])
+        made = Pass(pool, places[None], pool.slots(table[places // 4], places % 4), None, [chunk])
+        found = attend_cached(q, keys[past:], values[past:], made, 0, window, 0.4, None)
+        expected = plain(q.float(), keys.float(), values.float(), 0.4, window, None)
+        assert found.dtype == dtype
+        assert torch.allclose(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_groups_go_through_neighbours_in_place_and_keep_ends_apart():

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -89,6 +91,21 @@ def test_tasks_give_a_table_and_the_harness_files(capsys, tiny_model, task_folde
     assert row["arguments"]["gen_args_0"]["arg_0"].count("the") and {"acc", "acc_norm", "doc_hash"} <= row.keys()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Examples of answers" in page and "acc_norm" in page and "recipe: evaluate" in page
+
+
+def test_in_a_pipe_there_are_no_bars_and_the_table_stands_alone(tiny_model, task_folder, tmp_path):
+    words = [
+        f"model={tiny_model}",
+        "device=cpu",
+        "dtype=fp32",
+        "output_dir=null",
+        f"tasks=[{task_folder}/last_word.yaml]",
+    ]
+    command = [sys.executable, "-W", "ignore", "-m", "tunesmith", "run", "evaluate", *words]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "it/s" not in ran.stderr and "examples/s" not in ran.stderr and "\r" not in ran.stderr
+    assert "perplexity" in ran.stdout and "bootstrapping" not in ran.stdout
 
 
 def test_a_seed_that_is_drawn_is_told(tiny_model, task_folder, tmp_path):

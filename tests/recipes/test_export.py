@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,58 @@ def test_mistakes(base, tmp_path):
     (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="is quantized and can't be exported as safetensors: export the model that it"):
         run(tmp_path / "quantized", tmp_path / "other")
+
+
+WRONG = [
+    ("model", ["base=model"], "`base` is for adapters, but .*model is no adapter"),
+    ("model", ["format=adapter"], "`format: adapter` writes an adapter, and .*model is none"),
+    ("model", ["format=gguf", "gguf.lora=true"], "`gguf.lora` writes an adapter, and .*model is none"),
+    ("adapter", ["format=gguf", "gguf.lora=true", "gguf.type=q4_0"], "an adapter is not rounded to q4_0"),
+    ("model", ["max_shard_size=0GB"], "`max_shard_size` must be a size"),
+    ("model", ["format=onnx", "program.max_length=65"], "`program.max_length` is 65, more than the context"),
+    ("model", ["format=torch_export", "program.max_chunk=65"], "`program.max_chunk` is 65, more than the sequence"),
+    ("quantized", [], "is quantized and can't be exported as safetensors"),
+    ("quantized", ["format=gguf"], "is quantized and can't be exported as GGUF"),
+    ("quantized", ["format=executorch"], "is quantized in a way that ExecuTorch doesn't compute with"),
+    ("scorer", ["format=gguf"], "to be exported as GGUF, is a reward model or classifier"),
+    ("scorer", ["format=onnx"], "to be exported as onnx, is a reward model or classifier"),
+    ("scoring", ["format=torch_export"], "to be exported as torch_export, is a reward model or classifier"),
+]
+
+
+@pytest.fixture(scope="module")
+def several(base, tmp_path_factory):
+    """A model, its adapter, an adapter that scores, the model quantized, and a model that scores; only config.json tells."""
+    folder = tmp_path_factory.mktemp("several")
+    shutil.copytree(base, folder / "model")
+    make_adapter(folder / "model", folder / "adapter")
+    shutil.copytree(folder / "adapter", folder / "scoring")
+    for name in ("quantized", "scorer"):
+        shutil.copytree(folder / "model", folder / name)
+    content = {
+        "quantized": {"quantization_config": Scheme("int4_weight_only", 32).to_config([])},
+        "scorer": {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1},
+    }
+    for name, more in content.items():
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps(config | more))
+    config = json.loads((folder / "scoring" / "adapter_config.json").read_text())
+    (folder / "scoring" / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+    return folder
+
+
+@pytest.mark.parametrize("name, words, said", WRONG)
+def test_what_a_run_refuses_at_once_is_told_by_validate(several, monkeypatch, tmp_path, name, words, said):
+    monkeypatch.chdir(several)
+    with pytest.raises(UserError, match=said):
+        preflight.check(load_config("export", f"model={name}", f"output_dir={tmp_path / 'out'}", *words))
+
+
+def test_missing_packages_are_told_by_validate(several, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    config = load_config("export", f"model={several / 'model'}", f"output_dir={tmp_path / 'out'}", "format=onnx")
+    with pytest.raises(UserError, match="needs the package onnxscript, .*'tunesmith\\[onnx\\]'"):
+        preflight.check(config)
 
 
 def test_real_model(assets, tmp_path):

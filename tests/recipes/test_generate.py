@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import tunesmith
 from tunesmith.configs.generate import Generate, Prompt, Speculative
 from tunesmith.configs.shared import TokenizerConfig
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.recipes.generate import main
 
@@ -305,3 +306,11 @@ def test_a_prompt_that_is_too_long_is_told_before_weights_are_read(tiny_model, t
         save_file({"other.weight": torch.zeros(2)}, file)
     with pytest.raises(UserError, match="prompt 1 has .* tokens, but the model's context holds"):
         main(config_of(broken, prompt=["a", "the quick " * 5000], chat=False))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_prompts_become_tokens_once(capsys, tiny_model, monkeypatch, beams):
+    seen, encode = [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *args: seen.append(text) or encode(self, text, *args))
+    run(capsys, tiny_model, prompt=["the quick", "fox"], chat=False, num_beams=beams)
+    assert [text for text in seen if text in ("the quick", "fox")] == ["the quick", "fox"]

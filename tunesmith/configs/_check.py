@@ -181,9 +181,11 @@ class Check:
             return None
         if node.value is None and default is schema.MISSING and self.partial:
             return REQUIRED
+        alternatives = schema.members(hint)
+        if node.unread and any(_holds_others(member) for member in alternatives):
+            return self.report(node.place, _unread(node, path, str in alternatives))
         if schema.is_choice(hint):
             return self.choice(hint, node, path, default)
-        alternatives = schema.members(hint)
         if len(alternatives) == 1:
             return self.single(alternatives[0], node, path, hint)
         fitting = [member for member in alternatives if _has_shape(member, node)]
@@ -215,7 +217,12 @@ class Check:
         if made is FAILED:
             near = did_you_mean(str(node.value), [str(a) for a in args]) if origin is typing.Literal else ""
             wanted = "a finite number" if hint is float and isinstance(node.value, float) else schema.in_words(said)
-            self.report(node.place, f"`{path}` should be {wanted}, got {show(node)}{near}")
+            quotes = (
+                "; put text that reads like one in quotes"
+                if hint is str and isinstance(node.value, dict | list)
+                else ""
+            )
+            self.report(node.place, f"`{path}` should be {wanted}, got {show(node)}{near}{quotes}")
         return made
 
     def items(self, origin: Any, args: tuple, node: Node, path: str, said: Any) -> Any:
@@ -341,6 +348,18 @@ def scalar(hint: Any, origin: Any, args: tuple, node: Node) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     return value if hint is int and isinstance(value, int) else FAILED
+
+
+def _holds_others(hint: Any) -> bool:
+    """Whether a value of this type is written as a list or a section."""
+    return schema.is_section(hint) or (typing.get_origin(hint) or hint) in (list, tuple, dict)
+
+
+def _unread(node: Node, path: str, may_be_text: bool) -> str:
+    """What to say of something in brackets that is no YAML."""
+    kind, example = ("list", '["a: b", c]') if str(node.value).startswith("[") else ("section", '{a: "b: c"}')
+    whole = ", or the whole of it if it is one text" if may_be_text else ""
+    return f"`{path}` looks like a {kind} but can't be read as one ({node.unread}): put text that holds `:`, `#` or brackets in quotes, as in {example}{whole}"
 
 
 def _has_shape(hint: Any, node: Node) -> bool:

@@ -44,10 +44,11 @@ class Problem(NamedTuple):
 class Node:
     """A value as written: a dict of nodes, a list of nodes, or a scalar with its raw text."""
 
-    __slots__ = ("place", "text", "value")
+    __slots__ = ("place", "text", "unread", "value")
 
-    def __init__(self, value: Any, place: Place, text: str | None = None):
-        self.value, self.place, self.text = value, place, text
+    def __init__(self, value: Any, place: Place, text: str | None = None, unread: str | None = None):
+        """unread: why text of the command line that stands in brackets is no list or section."""
+        self.value, self.place, self.text, self.unread = value, place, text, unread
 
     def plain(self) -> Any:
         """The value without places."""
@@ -214,14 +215,25 @@ def parse_value(text: str, place: Place) -> Node:
                 _move(node, place)
                 node.text = text if isinstance(node.value, (dict, list)) else str(node.value)
                 return node
-        except yaml.YAMLError:
-            pass  # text that only looks like YAML, such as a prompt that begins with [INST]
-        return Node(text, place, text)
+            reason = reader.problems[0].text
+        except yaml.YAMLError as error:  # text that only looks like YAML, such as a prompt that begins with [INST]
+            reason = str(getattr(error, "problem", None) or error)
+        return Node(text, place, text, reason if _is_bracketed(text) else None)
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))
     try:
         return Node(loader.construct_object(yaml.ScalarNode(tag, text)), place, text)
     except (yaml.YAMLError, ValueError):
         return Node(text, place, text)
+
+
+def _is_bracketed(text: str) -> bool:
+    """Whether the bracket that `text` begins with is closed by its last letter, and not before."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter in "[{") - (letter in "]}")
+        if depth == 0:
+            return place == len(text) - 1
+    return False
 
 
 def _move(node: Node, place: Place) -> None:

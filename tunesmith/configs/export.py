@@ -1,10 +1,9 @@
 """Options of `tune run export`."""
 
-import re
 from typing import ClassVar, Literal
 
 from tunesmith.configs._section import section
-from tunesmith.configs.shared import Checked, RunSettings, below
+from tunesmith.configs.shared import Checked, RunSettings, below, no_size
 
 PROGRAMS = ("torch_export", "executorch", "onnx")
 OPTIONS = {
@@ -76,9 +75,9 @@ class Export(RunSettings):
             if getattr(self, option) is not None and self.format not in formats:
                 yield f"`{option}` is for `format: {', '.join(formats)}`, not for {self.format}: leave it out"
         yield from self._program_problems()
-        size = self.max_shard_size
-        if size is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", size, re.IGNORECASE):
-            yield f"`max_shard_size` must be a size such as 500MB or 5GB, got {size!r}"
+        yield from no_size(self, "max_shard_size")
+        if self.gguf is not None and self.gguf.lora and self.gguf.type not in ("f32", "f16", "bf16"):
+            yield f"`gguf.lora`: an adapter is not rounded to {self.gguf.type}: set `gguf.type` to f32, f16 or bf16"
         if self.tolerance is not None and self.tolerance <= 0:
             yield f"`tolerance` must be above 0, got {self.tolerance}"
 

@@ -91,7 +91,7 @@ class Generate(RunSettings):
     speculative: Speculative = field(default_factory=Speculative)
     """Guess ahead: the same text in fewer passes."""
     exact_logprobs: bool = False
-    """Write tokens' log-probabilities into `output_file` to the bit as a training step computes them, by one more pass over each text."""
+    """Write tokens' log-probabilities into `output_file` to the bit as a training step computes them, by one more pass over each text; rotary positions that depend on the length are those of the text's own, where a run takes `tokenizer.max_seq_len`."""
     log_probs: bool = False
     """Write tokens' log-probabilities into `output_file`."""
     stream: bool | None = None

@@ -1,11 +1,10 @@
 """Options of `tune run quantize`."""
 
-import re
 from dataclasses import field
 from typing import ClassVar, Literal
 
 from tunesmith.configs._section import section
-from tunesmith.configs.shared import Checked, RunSettings, TokenizerConfig, below
+from tunesmith.configs.shared import Checked, RunSettings, TokenizerConfig, below, no_size
 
 GROUPED = ("int4_weight_only", "int8_dynamic_int4")
 """Schemes that always have groups; int8_weight_only may have some."""
@@ -108,8 +107,7 @@ class Quantize(RunSettings):
 
     def problems(self):
         yield from super().problems()
-        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B", self.max_shard_size, re.IGNORECASE):
-            yield f"`max_shard_size` must be a size such as 500MB or 5GB, got {self.max_shard_size!r}"
+        yield from no_size(self, "max_shard_size")
         if self.tolerance is not None and self.tolerance <= 0:
             yield f"`tolerance` must be above 0, got {self.tolerance}"
         if self.calibration.method == "gptq" and self.scheme.type.startswith(("float8", "nf4")):

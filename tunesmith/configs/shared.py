@@ -1,5 +1,6 @@
 """Sections that every training method shares. The sentence under a field is its help text, its comment in a copied YAML, and its schema description."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import field
 from typing import Any, ClassVar, Literal
@@ -26,6 +27,13 @@ def below(least: float, section: Any, *names: str) -> Iterator[str]:
         value = getattr(section, name)
         if value is not None and value < least:
             yield f"`{name}` must be at least {least:g}, got {value}"
+
+
+def no_size(section: Any, name: str) -> Iterator[str]:
+    """One sentence where the option `name` is set and is no size of files."""
+    value = getattr(section, name)
+    if value is not None and not re.fullmatch(r"(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]?i?B", value, re.IGNORECASE):
+        yield f"`{name}` must be a size such as 500MB or 5GB, got {value!r}"
 
 
 def outside(least: float, most: float, section: Any, *names: str) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import random
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -55,17 +57,18 @@ def run_tasks(lm: EngineLM, loaded: Loaded, config: Evaluate) -> Results:
     started = time.time()
     prepare(loaded, config)
     try:
-        results = evaluate(
-            lm=lm,
-            task_dict=loaded,  # type: ignore[arg-type]
-            limit=config.limit,  # type: ignore[arg-type]
-            bootstrap_iters=BOOTSTRAPS if lm.replicas.is_main else 0,
-            log_samples=True,
-            system_instruction=config.system_instruction,
-            apply_chat_template=config.apply_chat_template,
-            fewshot_as_multiturn=config.fewshot_as_multiturn,
-            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for our tables
+            results = evaluate(
+                lm=lm,
+                task_dict=loaded,  # type: ignore[arg-type]
+                limit=config.limit,  # type: ignore[arg-type]
+                bootstrap_iters=BOOTSTRAPS if lm.replicas.is_main else 0,
+                log_samples=True,
+                system_instruction=config.system_instruction,
+                apply_chat_template=config.apply_chat_template,
+                fewshot_as_multiturn=config.fewshot_as_multiturn,
+                confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+            )
     except Exception as error:
         if isinstance(error, UserError) or _is_ours(error):
             raise

@@ -21,15 +21,15 @@ from tunesmith.checkpoint.check import TOLERANCES, probe_ids
 from tunesmith.checkpoint.hf import copy_files
 from tunesmith.configs.export import Export, ProgramFile
 from tunesmith.data.tokenizer import load_tokenizer
-from tunesmith.errors import UserError
 from tunesmith.export.result import Check
 from tunesmith.export.source import Source
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.lora import merge_lora
 from tunesmith.training.build import DTYPES, load_model
+from tunesmith.training.preflight.export import USUAL_LENGTH
 
-USUAL_LENGTH, USUAL_CHUNK = 2048, 512
-"""Tokens of a sequence and of a call, where neither the user nor the model asks for fewer."""
+USUAL_CHUNK = 512
+"""Tokens of a call, where neither the user nor the length of a sequence asks for fewer."""
 
 Call = Callable[[Tensor, int], Tensor]
 """Takes tokens (1, T) and the position of the first; gives the logits (n, V) after the last n of them, in float32."""
@@ -46,15 +46,9 @@ class Room:
 
 
 def find_room(source: Source, config: Export) -> Room:
-    """Raises UserError for more than the model's context."""
-    options, context = config.program or ProgramFile(), source.config.context_length
-    if options.max_length is not None and options.max_length > context:
-        raise UserError(
-            f"`program.max_length` is {options.max_length}, more than the context of {source.name} ({context} tokens)"
-        )
-    length = options.max_length or min(context, USUAL_LENGTH)
-    if options.max_chunk is not None and options.max_chunk > length:
-        raise UserError(f"`program.max_chunk` is {options.max_chunk}, more than the sequence has room for ({length})")
+    """What the options ask for, as far as they do."""
+    options = config.program or ProgramFile()
+    length = options.max_length or min(source.config.context_length, USUAL_LENGTH)
     return Room(length, options.max_chunk or min(length, USUAL_CHUNK))
 
 

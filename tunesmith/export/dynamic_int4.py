@@ -5,32 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tunesmith.configs.export import Export
-from tunesmith.errors import UserError, require
-from tunesmith.export.source import Source
+from tunesmith.errors import require
 from tunesmith.models.decoder import CausalLM
-from tunesmith.models.families import check_speaks
 from tunesmith.nn.int4 import QDATA, SCALE, ZERO_POINT, Int4Linear
 from tunesmith.nn.lora import replace_module
-from tunesmith.nn.scheme import Scheme
-
-
-def is_dynamic_int4(source: Source, config: Export) -> bool:
-    """Whether a model is quantized so; False if it isn't quantized. Raises UserError for any other, and where XNNPACK isn't to compute."""
-    check_speaks(source.family, source.hf_config, f"{source.name}, to be exported as executorch,")
-    content = source.hf_config.get("quantization_config")
-    if not content:
-        return False
-    if Scheme.of_config(content).type != "int8_dynamic_int4":
-        raise UserError(
-            f"{source.name} is quantized in a way that ExecuTorch doesn't compute with: "
-            "export the model that it was made from, or one quantized to 8da4w (int8_dynamic_int4)"
-        )
-    if config.program is not None and config.program.backend == "portable":
-        raise UserError(f"{source.name} is quantized, which XNNPACK alone computes with: leave `program.backend` out")
-    if config.dtype not in (None, "fp32"):
-        raise UserError(f"{source.name} is quantized, and XNNPACK then computes in fp32: leave `dtype` out")
-    return True
 
 
 def use_torchao(model: CausalLM) -> float:

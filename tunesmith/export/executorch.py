@@ -17,7 +17,7 @@ from tunesmith.checkpoint.check import TOLERANCES
 from tunesmith.configs.export import Export, ProgramFile
 from tunesmith.errors import require
 from tunesmith.export.decoding import Room, compare, end_ids, find_room, length_notes, load_merged, write_beside
-from tunesmith.export.dynamic_int4 import is_dynamic_int4, use_torchao
+from tunesmith.export.dynamic_int4 import use_torchao
 from tunesmith.export.quiet import quietly
 from tunesmith.export.result import Exported
 from tunesmith.export.source import Source
@@ -28,7 +28,7 @@ FILE = "model.pte"
 
 def export_executorch(source: Source, folder: Path, config: Export) -> Exported:
     """Write model.pte into `folder`; ExecuTorch's runtime reads it back and runs it."""
-    is_quantized = is_dynamic_int4(source, config)
+    is_quantized = bool(source.hf_config.get("quantization_config"))  # to 8da4w, or `check_exportable` refused it
     with quietly():
         require("executorch.exir", "executorch", "`format: executorch`")
     room, options = find_room(source, config), config.program or ProgramFile()

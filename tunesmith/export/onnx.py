@@ -29,7 +29,6 @@ LARGEST_FILE = 1 << 30
 
 def export_onnx(source: Source, folder: Path, config: Export) -> Exported:
     """Write model.onnx into `folder`; ONNX Runtime reads it back and runs it."""
-    source.must_speak("onnx")
     with quietly():
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require(package, "onnx", "`format: onnx`")

@@ -18,7 +18,6 @@ from tunesmith.training.build import DTYPES
 def export_repository(source: Source, folder: Path, config: Export) -> Exported:
     """Write the model into `folder`, one tensor in memory at a time; read it back module by module and compare the logits."""
     shard_size = parse_size(config.max_shard_size or "5GB")
-    source.must_be_dense("safetensors")
     model = source.stream(config.device)
     dtype = DTYPES[config.dtype] if config.dtype else None
     digests = write_repository(model, folder, dtype=dtype, max_shard_size=shard_size, source=source.weights)

@@ -12,10 +12,10 @@ from tunesmith.checkpoint.adapter import adapted_config, check_changes_something
 from tunesmith.checkpoint.load import read_model_config
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
-from tunesmith.models.families import check_speaks
 from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.nn.lora import adapter_layers
 from tunesmith.training.build import stream_model
+from tunesmith.training.preflight import base_of_none
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,6 @@ class Source:
             print(f"{len(adapter_layers(model))} adapter layers of {self.folder} on {self.base}")
         return model
 
-    def must_be_adapter(self, option: str) -> None:
-        """Raise UserError for a model, where an adapter is wanted."""
-        if self.base is None:
-            raise UserError(f"`{option}` writes an adapter, and {self.name} is none: it has no adapter_config.json")
-
-    def must_speak(self, format: str) -> None:
-        """Raise UserError for a model whose head gives scores, or whose weights are quantized: `format` has no place for it."""
-        check_speaks(self.family, self.hf_config, f"{self.name}, to be exported as {format},")
-        self.must_be_dense(format)
-
-    def must_be_dense(self, format: str) -> None:
-        """Raise UserError for a model whose weights are quantized: what was rounded is not the model any more."""
-        if self.hf_config.get("quantization_config"):
-            raise UserError(
-                f"{self.name} is quantized and can't be exported as {format}: export the model that it was made from"
-            )
-
 
 def find_source(name: str, base: str | None) -> Source:
     """The source called `name`, a folder or Hub id of a model or adapter. Raises UserError where it is none, or doesn't fit `base`."""
@@ -89,9 +72,7 @@ def find_base(folder: Path, base: str | None) -> Path | None:
     """The folder of the base where `folder` holds an adapter; None where it holds a model."""
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         if base is not None:
-            raise UserError(
-                f"`base` is for adapters, but {folder} is no adapter (it has no adapter_config.json): leave `base` out"
-            )
+            raise UserError(base_of_none(folder))
         return None
     named = base or read_adapter_config(folder).get("base_model_name_or_path")
     if not named:

@@ -25,7 +25,6 @@ FILE = "model.pt2"
 
 def export_torch(source: Source, folder: Path, config: Export) -> Exported:
     """Write model.pt2 into `folder`; torch.export.load reads it back, and it is run."""
-    source.must_speak("torch_export")
     room, options = find_room(source, config), config.program or ProgramFile()
     model = load_merged(source, config, room)
     with quietly():

@@ -22,7 +22,8 @@ from tunesmith.models.decoder import CausalLM
 def exact_log_probs(model: CausalLM, batch: Batch) -> Tensor:
     """log p of every label of a micro-batch, (B, T) float32, 0 where there is none: by the forward pass of a training step.
 
-    Bits depend on what a pass holds: give the micro-batches that are trained on.
+    Bits depend on what a pass holds: give the micro-batches that are trained on. Rotary frequencies that depend on the length are
+    those of model.max_seq_len, as in training; of a model that was loaded, where it is None, those of the rows' own.
     """
     with torch.enable_grad():  # without it other kernels are taken
         hidden = model(batch.input_ids, batch.positions, batch.documents)

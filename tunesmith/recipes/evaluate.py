@@ -31,6 +31,7 @@ from tunesmith.configs.layout import Layout
 from tunesmith.configs.shared import TokenizerConfig
 from tunesmith.data.tokenizer import Tokenizer, find_tokenizer
 from tunesmith.errors import UserError, require
+from tunesmith.eval.bars import WithoutBars
 from tunesmith.eval.compare import Difference, compare_tasks, compare_texts
 from tunesmith.eval.report import write_report
 from tunesmith.eval.tables import Table, difference_table, print_table, task_table, text_table
@@ -103,8 +104,9 @@ def _load_tasks(config: Evaluate, ranks: Ranks) -> Any:
 
 @contextlib.contextmanager
 def _quiet(is_shown: bool) -> Iterator[None]:
-    """Without the bars of ranks other than the main one, which would be drawn over each other."""
-    with contextlib.nullcontext() if is_shown else contextlib.redirect_stderr(io.StringIO()):
+    """Without the bars of ranks other than the main one, which would be drawn over each other, and any that no terminal shows."""
+    stream = WithoutBars(sys.stderr) if is_shown else io.StringIO()
+    with contextlib.nullcontext() if is_shown and sys.stderr.isatty() else contextlib.redirect_stderr(stream):
         yield
 
 

@@ -17,13 +17,15 @@ from tunesmith.errors import UserError
 from tunesmith.export.formats import find_writer
 from tunesmith.export.source import find_source
 from tunesmith.training.convert import replacing
+from tunesmith.training.preflight import check_exportable
 
 
 def main(config: Export) -> None:
     output = Path(config.output_dir).expanduser()
     check_output(output)
-    write = find_writer(config.format)
     source = find_source(config.model, config.base)
+    check_exportable(config, source.hf_config, source.family, source.config, source.base is not None)
+    write = find_writer(config.format)
     with replacing(output, only_empty=True) as folder:
         exported = write(source, folder, config)
     print("\n".join(exported.lines(output)))

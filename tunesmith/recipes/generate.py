@@ -66,7 +66,7 @@ def _generate(
     is_chat = config.chat or any(isinstance(prompt, ChatPrompt) for prompt in prompts)
     templates = family.chat_templates if is_chat else ()
     tokenizer = find_tokenizer(config.tokenizer, tokenizer_folder(config.model, config.adapter), templates)
-    checked_prompts(shape, tokenizer, [_as_given(prompt) for prompt in prompts], config.chat)
+    encoded = checked_prompts(shape, tokenizer, [_as_given(prompt) for prompt in prompts], config.chat)
     options = {"dtype": DTYPES[config.dtype], "device": device, "quantize_base": config.quantize_base, "mesh": mesh}
     model = load_model(config.model, adapter=config.adapter, **options)
     drafter = open_drafter(config, model, options)
@@ -79,7 +79,7 @@ def _generate(
     printer = Printer(names, config.num_samples, sys.stdout)
     own = replicas.own(range(len(prompts)))
     started = time.perf_counter()
-    own_prompts = [_as_given(prompts[number]) for number in own]
+    own_prompts = [encoded[number] for number in own]
     if config.num_beams > 1:
         completions = _search(config, model, tokenizer, own_prompts, replicas)
     else:
@@ -89,7 +89,6 @@ def _generate(
             own_prompts,
             sampling,
             batch_size=1 if streams else config.batch_size,
-            chat=config.chat,
             on_text=printer.piece if streams and replicas.is_main else None,
             agree=replicas.agree,
             cache_tokens=config.cache_tokens,
@@ -104,7 +103,7 @@ def _generate(
 
 
 def _search(
-    config: Generate, model: CausalLM, tokenizer: Tokenizer, prompts: list[Prompt], replicas: Replicas
+    config: Generate, model: CausalLM, tokenizer: Tokenizer, prompts: list[list[int]], replicas: Replicas
 ) -> list[Completion]:
     return search_completions(
         model,
@@ -114,7 +113,6 @@ def _search(
         config.max_new_tokens,
         num_samples=config.num_samples,
         batch_size=config.batch_size,
-        chat=config.chat,
         agree=replicas.agree,
     )
 

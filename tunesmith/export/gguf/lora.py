@@ -28,10 +28,6 @@ def export_lora(source: Source, folder: Path, config: Export) -> Exported:
     """
     gguf = require("gguf", "gguf", "`format: gguf`")
     settings = config.gguf or GGUFFile()
-    source.must_be_adapter("gguf.lora")
-    source.must_speak("GGUF")
-    if settings.type not in ("f32", "f16", "bf16"):
-        raise UserError(f"an adapter is not rounded to {settings.type}: set `gguf.type` to f32, f16 or bf16")
     architecture = find_architecture(source.family.name, source.config, not source.config.tie_word_embeddings)
     model = source.stream(config.device)
     layers = adapter_layers(model)

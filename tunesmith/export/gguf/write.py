@@ -76,7 +76,6 @@ def export_gguf(source: Source, folder: Path, config: Export) -> Exported:
 
 def make_plan(source: Source, type: str) -> Plan:
     """Raises UserError for what GGUF has no place for."""
-    source.must_speak("GGUF")
     architecture = find_architecture(source.family.name, source.config, not source.config.tie_word_embeddings)
     tokenizer = find_tokenizer(TokenizerConfig(), source.tokenizer, source.family.chat_templates)
     return Plan(architecture, tokenizer, read_vocabulary(tokenizer, source.config.vocab_size), type)

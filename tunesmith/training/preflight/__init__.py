@@ -15,7 +15,14 @@ from tunesmith.training.preflight.beside import (
 )
 from tunesmith.training.preflight.data import data_problems
 from tunesmith.training.preflight.evaluation import evaluation_problems
-from tunesmith.training.preflight.files import adapter_problems, damaged, model_problems, warn_of_another_base
+from tunesmith.training.preflight.export import check_exportable, export_problems
+from tunesmith.training.preflight.files import (
+    adapter_problems,
+    base_of_none,
+    damaged,
+    model_problems,
+    warn_of_another_base,
+)
 from tunesmith.training.preflight.fit import (
     check_trainable,
     check_vocabulary,
@@ -39,7 +46,9 @@ from tunesmith.training.preflight.machine import (
 from tunesmith.training.preflight.rounding import check_roundable, rounding_problems
 
 __all__ = [
+    "base_of_none",
     "check",
+    "check_exportable",
     "check_plain",
     "check_reference",
     "check_roundable",
@@ -82,6 +91,7 @@ _PARTS = (
     reference_problems,
     teacher_problems,
     rounding_problems,
+    export_problems,
     tokenizer_problems,
     data_problems,
     evaluation_problems,

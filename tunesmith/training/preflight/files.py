@@ -39,6 +39,13 @@ def model_problems(config: Any, notes: list[str]) -> Iterator[str]:
             yield from _adapter("model", folder, getattr(config, "base", None), notes, config.takes_classifiers)
     else:
         yield from model_folder(folder, weights=not from_scratch, classifier=config.takes_classifiers)
+        if getattr(config, "base", None) is not None:
+            yield base_of_none(folder)
+
+
+def base_of_none(folder: Path) -> str:
+    """The sentence for a base that is given to a whole model."""
+    return f"`base` is for adapters, but {folder} is no adapter (it has no {ADAPTER_FILE}): leave `base` out"
 
 
 def not_a_folder(option: str, name: str, notes: list[str], named_sizes: bool = False) -> Iterator[str]:
