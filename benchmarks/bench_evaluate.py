@@ -21,8 +21,10 @@ METHODS = ("loglikelihood", "generate_until", "loglikelihood_rolling")
 
 
 def measure(folder: Path, options: Options) -> list[Table]:
-    material.write_tokenizer(folder / "model")
-    material.write_model(folder / "model", material.SMALL)
+    model = options.model or str(folder / "model")
+    if options.model is None:
+        material.write_tokenizer(folder / "model")
+        material.write_model(folder / "model", material.SMALL)
     names = ["choices", "answers"] if options.quick else list(KINDS)
     sizes = {name: 20 if options.quick else SIZES[name] for name in names}
     tasks = {name: str(_write_task(folder, name, count)) for name, count in sizes.items()}
@@ -30,7 +32,7 @@ def measure(folder: Path, options: Options) -> list[Table]:
     for _ in range(options.rounds):
         for name in tasks:
             for contender in CONTENDERS:
-                arguments = {"model": str(folder / "model"), "task": tasks[name], "output": str(folder / "out")}
+                arguments = {"model": model, "task": tasks[name], "output": str(folder / "out")}
                 one = run_contender(__file__, contender, folder, options, **arguments)
                 outcomes.setdefault((name, contender), []).append(one)
     rows: list[list[Any]] = []
@@ -45,7 +47,8 @@ def measure(folder: Path, options: Options) -> list[Table]:
             )
     headers = ["seconds", "tunesmith", "lm-eval HFLM", "faster ×", "same scores"]
     raw = {" ".join(key): [vars(one) for one in ones] for key, ones in outcomes.items()}
-    return [Table(f"evaluate: fp32, batches of {BATCH_SIZE}", headers, rows, raw)]
+    of = "" if options.model is None else f"{Path(options.model).name}, "
+    return [Table(f"evaluate: {of}fp32, batches of {BATCH_SIZE}", headers, rows, raw)]
 
 
 def _requests(outcome: Outcome) -> float:

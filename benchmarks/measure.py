@@ -43,6 +43,8 @@ class Options:
     """Of each contender."""
     clock: str
     """wall, or cpu: the processor seconds that a process has used itself, for machines where others work too."""
+    model: str | None = None
+    """The folder of a model to take instead of one with random weights, where a benchmark can."""
 
 
 def now() -> float:

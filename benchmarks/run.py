@@ -1,6 +1,6 @@
 """Side by side with transformers and TRL, each contender in its own process, rounds interleaved.
 
-    python benchmarks/run.py [train|methods|generate|evaluate|load|data|cli|parallel|gpu|all] [--quick] [--rounds N] [--threads N] [--clock wall|cpu]
+    python benchmarks/run.py [train|methods|generate|evaluate|load|data|cli|parallel|gpu|all] [--quick] [--rounds N] [--threads N] [--clock wall|cpu] [--model FOLDER]
 
 Prints tables and keeps every measurement as JSON under benchmarks/results/. Nothing here is a test: numbers are looked at.
 """
@@ -39,10 +39,12 @@ def main() -> None:
         default="wall",
         help="cpu: processor seconds, for a machine that is not idle",
     )
+    parser.add_argument("--model", type=Path, help="for evaluate: a model of yours instead of one with random weights")
     words = parser.parse_args()
     if unknown := set(words.names) - {*BENCHMARKS, "gpu", "all"}:
         parser.error(f"no benchmark {min(unknown)}")
-    options = Options(words.quick, 1 if words.quick else words.rounds, words.threads, words.clock)
+    model = words.model and str(words.model.resolve())
+    options = Options(words.quick, 1 if words.quick else words.rounds, words.threads, words.clock, model)
     names = [name for name in words.names if name != "all"] or BENCHMARKS
     for name in names:
         print(f"{name} …", flush=True)
@@ -57,12 +59,13 @@ def main() -> None:
 
 def _keep(name: str, started: datetime.datetime, options: Options, tables: list[Table]) -> Path:
     (HERE / "results").mkdir(exist_ok=True)
-    path = HERE / "results" / f"{name}.json"
+    of = Path(options.model).name if options.model else None
+    path = HERE / "results" / f"{name}-{of}.json" if of else HERE / "results" / f"{name}.json"
     record = {
         "benchmark": name,
         "command": " ".join(["python", *sys.argv]),
         "started": started.isoformat(timespec="seconds"),
-        "options": vars(options),
+        "options": vars(options) | {"model": of},
         "machine": machine(),
         "versions": versions(),
         "tables": [vars(table) for table in tables],

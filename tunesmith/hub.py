@@ -38,6 +38,28 @@ def tokenizer_home(own: Path, base: Path) -> Path:
     return own if any((own / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")) else base
 
 
+def tokenizer_file(folder: Path) -> Path:
+    """The file in a folder that defines the tokenizer; the fullest description there is goes first. Raises UserError where there is none."""
+    if (folder / "tokenizer.json").is_file():
+        return folder / "tokenizer.json"
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return folder / "vocab.json"
+    if (folder / "tokenizer.model").is_file():
+        return folder / "tokenizer.model"
+    others = sorted({*folder.glob("*.model"), *folder.glob("*.model.v*"), *folder.glob("*.tiktoken")})
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise UserError(
+            f"{folder} holds several tokenizers ({', '.join(p.name for p in others)}): name one of the files"
+        )
+    if (folder / "original" / "tokenizer.model").is_file():
+        return folder / "original" / "tokenizer.model"
+    raise UserError(
+        f"{folder} holds no tokenizer: there must be tokenizer.json, vocab.json with merges.txt, or a .model or .tiktoken file"
+    )
+
+
 def resolve(
     path_or_id: str | Path,
     what: str = "model",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -71,3 +72,17 @@ def test_each_rank_reads_a_share_of_the_checkpoint_that_is_resumed(tmp_path, tin
         with pytest.raises(UserError, match="is not what was written.*takes the one before"):
             check_digests(newest)
         (newest / damaged).write_bytes(whole)
+
+
+def test_the_newest_checkpoint_is_refused_where_only_a_part_is_there(tmp_path, tiny_model, chat_file):
+    """By every rank, instead of going on from an older one unasked; once it is removed, as is said, that one is taken."""
+    words = ["sft", *COMMON, f"model={tiny_model}", f"dataset.source={chat_file}", "max_steps=2", "batch_size=4"]
+    folder = tmp_path / "run"
+    assert run_distributed(run_recipe, 2, [*words, "save_every_n_steps=1"], folder) == [0, 0]
+    older, newest = (folder / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
+    (newest / "resume" / "state.json").unlink()
+    (_, said), (_, other) = run_distributed(resume_and_record, 2, words, folder)
+    assert said == other and said.startswith(f"{newest} is not complete, resume/state.json is absent: copy it whole")
+    shutil.rmtree(newest)
+    (read, nothing), _ = run_distributed(resume_and_record, 2, words, folder)
+    assert read and nothing is None and find_newest(folder) == older

@@ -18,7 +18,7 @@ HEAVY = ("torch", "transformers", "datasets", "huggingface_hub", "numpy", "rich"
 
 def test_quick_verbs_import_nothing_heavy(tmp_path, tiny_model):
     """The budget of 100 ms, held by what is imported instead of by a clock."""
-    (tmp_path / "chats.jsonl").touch()
+    (tmp_path / "chats.jsonl").write_text('{"text": "ab"}')
     verbs = [
         ["--help"], ["--version"], ["ls"], ["ls", "sft"], ["cat", "sft", "--schema"], ["cat", "llama3_1/8B_full"], ["cp", "sft", "x.yaml"],
         ["validate", "sft", f"model={tiny_model}", "dataset.source=chats.jsonl"], ["completion", "bash"], ["download", "--help"], ["run", "--help"],
@@ -77,7 +77,7 @@ def main(config: SFT):
 
 def test_several_ranks_say_it_once(tmp_path, tiny_model):
     (tmp_path / "own.py").write_text(OWN)
-    (tmp_path / "chats.jsonl").touch()
+    (tmp_path / "chats.jsonl").write_text('{"text": "ab"}')
     words = ["--nproc_per_node", "2", "own.py", f"model={tiny_model}", "dataset.source=chats.jsonl", "batch_size=9"]
     result = tune("run", *words, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert (result.returncode, result.stderr) == (2, "nine is too many\n")

@@ -58,7 +58,7 @@ def cluster(tmp_path, monkeypatch) -> dict[str, str]:
 
 def test_the_script(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("my chats.jsonl").touch()
+    Path("my chats.jsonl").write_text('{"text": "ab"}')
     words = "--nodes 4 --gpus-per-node 8 --partition a100 --time=12:00:00 --setup".split()
     recipe = ["sft", "+lora", "model=Qwen/Qwen3-8B", "dataset.source=my chats.jsonl", "output_dir=/shared/run"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -82,7 +82,7 @@ def test_the_script(capsys, tmp_path, monkeypatch):
 def test_mistakes(capsys, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    Path("chats.jsonl").touch()
+    Path("chats.jsonl").write_text('{"text": "ab"}')
     more = ["model=some/model", "dataset.source=chats.jsonl"] if words[-1].partition("=")[0] != "prompt" else []
     assert main(["slurm", *words, *more]) == 2
     assert said in capsys.readouterr().err
@@ -165,3 +165,10 @@ def test_examples_are_well_formed_and_their_commands_are_understood(name, monkey
         for pod in (master, worker):
             (container,) = pod["template"]["spec"]["containers"]
             assert container["name"] == "pytorch"  # the operator looks for that name
+    else:  # a bucket mounted as a folder shows files of other nodes late
+        [task] = documents
+        assert (
+            list(task["volumes"]) == ["/shared"]
+            and "file_mounts" not in task
+            and "output_dir=/shared/run" in task["run"]
+        )

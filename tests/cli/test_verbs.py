@@ -183,14 +183,14 @@ def main(config: SFT):
 )
 def test_exit_codes(capsys, tiny_model, body, code, said):
     Path("own.py").write_text(RECIPE.format(body=body))
-    Path("chats.jsonl").touch()
+    Path("chats.jsonl").write_text('{"text": "ab"}')
     found, out, err = tune(capsys, "run", "own.py", f"model={tiny_model}", "dataset.source=chats.jsonl", "batch_size=3")
     assert (found, err) == (code, said) and (out == "ran 3\n") == (code == 0)
 
 
 def test_a_bug_keeps_its_traceback(tiny_model):
     Path("buggy.py").write_text(RECIPE.format(body="raise RuntimeError('ours')"))
-    Path("chats.jsonl").touch()
+    Path("chats.jsonl").write_text('{"text": "ab"}')
     with pytest.raises(RuntimeError, match="ours"):
         main(["run", "buggy.py", f"model={tiny_model}", "dataset.source=chats.jsonl"])
 
@@ -214,13 +214,13 @@ def test_preview(capsys, monkeypatch, tiny_model, words, rows):
     seen = []
     stand_in = types.SimpleNamespace(preview=lambda config, n: seen.append((config.model, n)))
     monkeypatch.setitem(sys.modules, "tunesmith.data.preview", stand_in)
-    Path("chats.jsonl").touch()
+    Path("chats.jsonl").write_text('{"text": "ab"}')
     assert tune(capsys, "run", "sft", f"model={tiny_model}", "dataset.source=chats.jsonl", *words)[0] == 0
     assert seen == [(str(tiny_model), rows)]
 
 
 def test_validate(capsys, tiny_model):
-    Path("chats.jsonl").touch()
+    Path("chats.jsonl").write_text('{"text": "ab"}')
     words = ["sft", f"model={tiny_model}", "dataset.source=chats.jsonl"]
     code, out, err = tune(capsys, "validate", *words)
     assert code == 0 and out.startswith(f"valid: sft of {tiny_model}") and not err

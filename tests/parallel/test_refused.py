@@ -61,7 +61,7 @@ def test_rows_are_shared_evenly(layout, length, sequence_parallel, multiple):
 def test_told_before_anything_starts(tmp_path, monkeypatch):
     """By `tune validate` and `tune run` alike, from the model's config.json."""
     monkeypatch.chdir(tmp_path)
-    Path("chats.jsonl").touch()
+    Path("chats.jsonl").write_text('{"text": "ab"}')
     tiny = Path(preflight.__file__).parents[2] / "assets" / "tiny"
     words = ["sft", f"model={tiny}", "dataset.source=chats.jsonl", "tensor_parallel_dim=4", "context_parallel_dim=2"]
     config = load_config(*words, "tokenizer.max_seq_len=50", "pipeline_parallel_dim=8", "gradient_accumulation_steps=8")

@@ -99,6 +99,26 @@ def test_the_layout_changes_no_number(
     assert_same(train([*words, f"batch_size={batch_size}"], tmp_path / "run", layout), expected)
 
 
+@pytest.mark.parametrize(
+    ("processes", "weights", "more"),
+    [
+        (2, "full", ["fsdp_cpu_offload=true", "fsdp_reshard_after_forward=never"]),
+        (2, "full", ["fsdp_reshard_after_forward=always"]),
+        (4, "lora", ["data_parallel_replicate_dim=2", "data_parallel_shard_dim=2"]),
+        pytest.param(1, "full", ["fsdp_cpu_offload=true"], marks=pytest.mark.slow),
+        pytest.param(2, "qlora", ["fsdp_cpu_offload=true"], marks=pytest.mark.slow),
+        pytest.param(4, "full", ["fsdp_cpu_offload=true", "tensor_parallel_dim=2"], marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_where_shards_lie_and_when_they_are_gathered_changes_no_number(
+    processes, weights, more, runs, tmp_path, tiny_model, chat_file, text_folder
+):
+    words = words_of("sft", weights, True, tiny_model, chat_file, text_folder)
+    expected = runs.one([*words, "batch_size=4"])
+    assert run_distributed(run_recipe, processes, [*words, "batch_size=1", *more], tmp_path / "run") == [0] * processes
+    assert_same(result(tmp_path / "run"), expected)
+
+
 @pytest.mark.parametrize("layout", ["one", "dp2", "tp2", "pp2", pytest.param("dp2 x tp2", marks=pytest.mark.slow)])
 def test_what_else_a_run_does(layout, tmp_path, chat_file):
     """In bf16 with DoRA on a tied head, samples (which a pipeline has none of), validation, and a resume."""

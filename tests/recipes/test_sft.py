@@ -466,28 +466,38 @@ def test_the_report_counts_what_a_stream_gave(tmp_path, tiny_model, chat_file):
 
 
 @pytest.mark.parametrize("recipe", ["sft", "pretrain"])
-@pytest.mark.parametrize("mistake", ["targets", "tokenizer", "grown", "adapter", "adapter's shape"])
+@pytest.mark.parametrize("mistake", ["targets", "tokenizer", "grown", "adapter", "adapter's shape", "weights", "bf16"])
 def test_what_does_not_fit_the_model_is_told_before_the_data_are_read(
     tmp_path, tiny_model, chat_file, monkeypatch, recipe, mistake
 ):
     """Also where the check before the run can't see it, as for models that come from the Hub."""
     from tunesmith.recipes import pretrain, sft
+    from tunesmith.training import build
     from tunesmith.training import run as running
 
     model, lora = shutil.copytree(tiny_model, tmp_path / "model"), ["+lora"]
     if mistake == "tokenizer":
         change_numbers(model, vocab_size=300)
+    if mistake == "weights":
+        change_numbers(model, intermediate_size=96)
     if mistake.startswith("adapter"):
         first = train(tmp_path / "first", model, chat_file, "+lora", "max_steps=1")
         lora.append(f"weights.adapter={latest(first)}")
         change_numbers(model, **({"num_hidden_layers": 1} if mistake == "adapter" else {"intermediate_size": 96}))
     more, said = {
+        "bf16": (["dtype=bf16"], "cpu has no bf16: use `dtype: fp16` or `dtype: fp32`"),
         "targets": ([*lora, "weights.target_modules=[q_prj]"], "target_modules names 'q_prj'"),
         "tokenizer": ([], "they don't belong together"),
         "grown": ([*lora, f"tokenizer.add_tokens={NEW_TOKENS}"], "an adapter doesn't hold"),
         "adapter": (lora, "doesn't fit this model: it has weights for model.layers.1"),
         "adapter's shape": (lora, "doesn't fit this model: its .* has the shape"),
+        "weights": (
+            [],
+            r"mlp.gate_proj.weight has the shape \(\d+, 64\), but the model, going by its config.json, \(96, 64\): ",
+        ),
     }[mistake]
+    if mistake == "bf16":
+        monkeypatch.setattr(build, "supports_bf16", lambda device: False)
     monkeypatch.setattr(running, "check", lambda config, **options: [])
     for module, reads in ((sft, "chat_batches"), (pretrain, "text_batches")):
         monkeypatch.setattr(module, reads, lambda *args, **kwargs: pytest.fail("the data were read"))

@@ -1,5 +1,6 @@
 """What is found before weights are loaded, each as one sentence, all of them at once."""
 
+import gzip
 import importlib.util
 import json
 import shutil
@@ -19,7 +20,8 @@ from tunesmith.training.preflight import machine
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    Path("chats.jsonl").touch()
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": messages, "text": "ab", "chosen": "a", "rejected": "b"}))
     return tmp_path
 
 
@@ -444,3 +446,69 @@ def test_packages(model, monkeypatch, word, package):
     assert (
         len(found) == 1 and f"needs the package {package}, which is not installed: pip install 'tunesmith[" in found[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words", "said"),
+    [
+        ("a.jsonl", "", [], "`a.jsonl` holds no rows; check `source` and `split`"),
+        ("a.jsonl", "\n\n", [], "`a.jsonl` holds no rows"),
+        ("a.json", "[ ]", [], "`a.json` holds no rows"),
+        ("a.csv", "prompt,completion\n", [], "`a.csv` holds no rows"),
+        ("a.jsonl", '\n{"foo": 1}', [], "a.jsonl:2: no known format fits the columns `foo`"),
+        ("a.jsonl.gz", gzip.compress(b'{"foo": 1}'), [], "a.jsonl.gz:1: no known format fits the columns `foo`"),
+        ("a.json", '[{"foo": 1}, {"bar', [], "a.json row 1: no known format fits the columns `foo`"),
+        ("a.csv", "prompt,answer\na,b", [], "a.csv:2: no known format fits the columns `prompt`, `answer`"),
+        ("a.jsonl", "3", [], "a.jsonl:1: int where an object with columns was expected"),
+        ("a.jsonl", "{", [], "a.jsonl:1: not a JSON object"),
+        ("a.jsonl", '{"text": "a"}', ["dataset.format=messages"], "a.jsonl:1: no column `messages`"),
+        ("a.jsonl", '{"text": "a"}', ["dataset.split=train["], "`split: train[` is no split"),
+        ("a.jsonl", '{"text": "a"}', ["dataset.split=test"], "`a.jsonl` has no split `test`"),
+        ("a.parquet.lock", "", [], "a.parquet.lock: not a kind of data file we read"),
+    ],
+)
+def test_rows_that_can_not_be_used(model, name, content, words, said):
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert [line.startswith(said) for line in findings("sft", f"dataset.source={name}", *words)] == [True]
+    both = findings("sft", f"dataset_val.source={name}", *(word.replace("dataset", "dataset_val") for word in words))
+    assert both == findings("sft", f"dataset.source={name}", *words), "the same of validation data"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}', ["dataset.split=test"]),
+        ("a.json", '{"text": "a"}\n{"text": "b"}', []),
+        ("a.json", json.dumps([{"text": "a" * 2_000_000}]), []),  # longer than what is looked at
+        ("a.jsonl", '{"foo": 1}\n{"text": "a"}', ["dataset.split=[1:]"]),
+        ("a.jsonl", '{"a": 1, "b": 2}', ["dataset.column_map={prompt: a, completion: b}"]),
+        ("test.jsonl", '{"text": "a"}', []),
+        ("a.md", "a text", []),
+    ],
+)
+def test_rows_that_can(model, name, content, words):
+    Path(name).write_text(content)
+    assert findings("sft", f"dataset.source={name}", *words) == []
+
+
+def test_folders_of_rows(model):
+    Path("data").mkdir()
+    shutil.copy("chats.jsonl", "data/train.jsonl")
+    Path("data/test.csv").write_text("foo\n1\n")
+    assert findings("sft", "dataset.source=data") == []
+    assert "test.csv:2: no known format fits" in findings("sft", "dataset.source=data", "dataset.split=test")[0]
+    assert findings("sft", "dataset.source=data", "dataset.split=val")[0].startswith("`data` has no split `val`")
+
+
+def test_a_folder_without_a_tokenizer(model):
+    tokenizer = shutil.move(model / "tokenizer.json", "tokenizer.json")
+    assert findings("sft") == [
+        "model holds no tokenizer: there must be tokenizer.json, vocab.json with merges.txt, or a .model or .tiktoken file"
+    ]
+    assert findings("sft", f"tokenizer.path={tokenizer}") == []
+    vocabulary = json.loads(Path(tokenizer).read_text())["model"]["vocab"]
+    (model / "vocab.json").write_text(json.dumps(vocabulary))
+    (model / "merges.txt").touch()
+    assert findings("sft") == []
+    (model / "vocab.json").write_text(json.dumps(vocabulary | {"another": 100_000}))
+    assert findings("sft")[0].startswith("the tokenizer has 100001 tokens and model an embedding of ")

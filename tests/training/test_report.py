@@ -214,8 +214,7 @@ def test_work_and_waiting_are_told(tmp_path):
     text = write_run(tmp_path / "run", rows)
     for told in (
         "Model FLOP/s of a device",
-        "400 TFLOP/s",
-        "MFU 40.5%",
+        "<dd>400</dd><small>TFLOP/s, MFU 40.5%</small>",  # no wider than a tile
         "Waiting for data",
         "5.0%",
         "of the time in steps",

@@ -199,10 +199,14 @@ def _matched(
 
 
 def stored_weights(
-    model: CausalLM, folder: str | Path, family: Family | None = None, without: str | None = None
+    model: CausalLM,
+    folder: str | Path,
+    family: Family | None = None,
+    new_rows_from: int | None = None,
+    without: str | None = None,
 ) -> dict[str, StoredTensor]:
     """{parameter of `model`: its tensor in `folder`, not read yet}; the arguments and errors are those of `load_weights`."""
-    return _matched(model, Path(folder), family, None, without)[1]
+    return _matched(model, Path(folder), family, new_rows_from, without)[1]
 
 
 def _is_mapped(target: _Target, stored: StoredTensor, device: torch.device) -> bool:
@@ -273,7 +277,8 @@ def _check_shape(name: str, target: _Target, stored: StoredTensor, new_rows_from
     if target.may_grow and new_rows_from is not None and new_rows_from < target.shape[0]:
         if stored.shape == (new_rows_from, *target.shape[1:]):
             return
+    ours = "" if name == stored.name else f" for {name}"
     raise UserError(
         f"{stored.path}: the tensor {stored.name} has the shape {tuple(stored.shape)}, but the model, going by its config.json, "
-        f"{tuple(target.shape)} ({name}): the files don't belong together; download the model again, or mend config.json"
+        f"{tuple(target.shape)}{ours}: the files don't belong together; download the model again, or mend config.json"
     )

@@ -26,6 +26,7 @@ from torch import Tensor
 from tunesmith.checkpoint.hf import outgoing, staged, verify
 from tunesmith.checkpoint.tensor_files import Outgoing, StoredTensor, read_stem, write_tensors
 from tunesmith.errors import UserError
+from tunesmith.hub import follow_latest
 from tunesmith.nn.part import Part
 from tunesmith.parallel import device as accelerator
 from tunesmith.parallel.mesh import Mesh, Ranks
@@ -159,7 +160,7 @@ class Checkpoints:
         point_latest(self.folder, target.name)
         if self._keep_last is not None:
             for _, folder in complete_checkpoints(self.folder)[: -self._keep_last]:
-                _remove(folder)
+                remove_checkpoint(folder)
 
     def _clean_up(self, partial: Path) -> None:
         if self._ranks.is_main:
@@ -224,12 +225,26 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def find_newest(run_folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, not yet read; what a killed run left half-done is removed."""
+    """The newest complete checkpoint of a run folder, not yet read; what a killed run left half-done is removed.
+
+    Raises UserError where `latest` names one of which only a part is there.
+    """
     folder = run_folder / "checkpoints"
     for partial in [*folder.glob(".step-*.partial"), *folder.glob(".removed-*")]:
         shutil.rmtree(partial, ignore_errors=True)
+    _check_named(folder)
     complete = complete_checkpoints(folder)
     return complete[-1][1] if complete else None
+
+
+def _check_named(folder: Path) -> None:
+    """Raise UserError where the checkpoint that `latest` names was complete once and is no more, instead of passing it over."""
+    named = follow_latest(folder / "latest")
+    if _NAME.fullmatch(named.name) and named.is_dir() and not (named / RESUME / "state.json").is_file():
+        raise UserError(
+            f"{named} is not complete, {RESUME}/state.json is absent: copy it whole, or remove it, and "
+            "`resume_from_checkpoint=true` takes the one before"
+        )
 
 
 def check_digests(checkpoint: Path, ranks: Ranks | None = None, copy_of: str | None = None) -> None:
@@ -291,12 +306,12 @@ def point_latest(folder: Path, name: str) -> None:
 def name_checkpoint(partial: Path, target: Path) -> None:
     """Give a checkpoint whose files are all there its name."""
     if target.exists():  # the same step saved again, after a resume with less to do
-        _remove(target)
+        remove_checkpoint(target)
     os.rename(partial, target)
     _sync_folder(target.parent)
 
 
-def _remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint; renamed first, so that one that is half deleted is never taken for complete."""
     hidden = folder.with_name(f".removed-{folder.name}")
     os.rename(folder, hidden)

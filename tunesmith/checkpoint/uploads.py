@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.resume import RESUME, complete_checkpoints, name_checkpoint
+from tunesmith.checkpoint.resume import RESUME, complete_checkpoints, name_checkpoint, remove_checkpoint
 from tunesmith.errors import UserError
 from tunesmith.parallel.mesh import Ranks
 from tunesmith.remote import RemoteFolder
@@ -106,7 +106,7 @@ class Uploads:
             if name in whole and (path / _STATE).read_bytes() == states[name]:
                 (path / _MARK).touch()
             elif self.is_there(path):
-                shutil.rmtree(here.pop(name))
+                remove_checkpoint(here.pop(name))
         newest = max(whole, key=_step, default=None)
         if newest is None and not here:
             self._clear()

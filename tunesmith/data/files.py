@@ -14,13 +14,15 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith.data.splits import known_split
 from tunesmith.errors import UserError, require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Row = dict[str, Any]
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -58,6 +60,16 @@ def file_kind(path: Path) -> tuple[str | None, str]:
     """(jsonl, json, csv, parquet, text or None, ending of the compression or "")."""
     packing = path.suffix if path.suffix in OPENERS else ""
     return KINDS.get(Path(path.stem).suffix if packing else path.suffix), packing
+
+
+def known_kind(path: Path) -> tuple[str, str]:
+    """The same; raises UserError for a file of a kind that is not read."""
+    kind, packing = file_kind(path)
+    if kind is None:
+        raise UserError(
+            f"{path}: not a kind of data file we read; the endings are {', '.join(KINDS)} (all but parquet also with {', '.join(OPENERS)})"
+        )
+    return kind, packing
 
 
 def file_digest(path: Path) -> str:
@@ -166,6 +178,8 @@ def read_text(path: Path) -> str:
 
 def _line_starts(data: Any) -> tuple[np.ndarray, np.ndarray]:
     """(start of every line and the end, numbers of the lines that are not blank)."""
+    import numpy as np  # late: `tune validate` looks at first rows, and must not wait for it
+
     ends, size, step = [], len(data), 1 << 24
     for start in range(0, size, step):
         block = np.frombuffer(data[start : start + step], np.uint8)
@@ -278,7 +292,7 @@ class Parquet:
         with opened_parquet(path) as file:
             self.metadata = file.metadata
             sizes = [self.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        self.ends = np.cumsum(sizes).tolist()
+        self.ends = list(accumulate(sizes))
         self.group: tuple[int, list[Row]] = (-1, [])
 
     def __len__(self) -> int:
@@ -307,11 +321,7 @@ def read_documents(path: Path, separator: str | None) -> Rows:
 
 def read_file(path: Path, separator: str | None = None) -> dict[str, Rows]:
     """{split: rows} of one data file; its only split is train unless it says otherwise."""
-    kind, _ = file_kind(path)
-    if kind is None:
-        raise UserError(
-            f"{path}: not a kind of data file we read; the endings are {', '.join(KINDS)} (all but parquet also with {', '.join(OPENERS)})"
-        )
+    kind, _ = known_kind(path)
     with explained(path):
         if kind == "json":
             return read_json(path)

@@ -13,10 +13,9 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tunesmith.configs.data import DataSection
 from tunesmith.data.files import KINDS, Row, Rows, digest_of, file_kind, first_line, read_file
@@ -31,7 +30,7 @@ class Joined:
 
     def __init__(self, parts: Sequence[Rows]):
         self.parts = parts
-        self.ends = np.cumsum([len(part) for part in parts]).tolist()
+        self.ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0

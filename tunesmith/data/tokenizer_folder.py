@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tunesmith.data import sentencepiece_files, tokenizer_files
 from tunesmith.data.chat import built_in_template, read_template
 from tunesmith.errors import UserError
+from tunesmith.hub import tokenizer_file
 from tunesmith.models.config_json import checked
 
 _CONFIG = "tokenizer_config.json"
@@ -19,7 +20,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token",
 
 
 def read_backend(where: Path, config: dict[str, Any], kind: str) -> tokenizer_files.Loaded:
-    path = where if where.is_file() else _tokenizer_file(where)
+    path = where if where.is_file() else tokenizer_file(where)
     if path.suffix == ".json" and path.name != "vocab.json":
         return tokenizer_files.read_tokenizer_json(path)
     if path.name == "vocab.json":
@@ -28,28 +29,6 @@ def read_backend(where: Path, config: dict[str, Any], kind: str) -> tokenizer_fi
         return tokenizer_files.read_tiktoken(path)
     legacy = config.get("legacy")
     return sentencepiece_files.read_sentencepiece(path, None if legacy is None else "always" if legacy else "first")
-
-
-def _tokenizer_file(folder: Path) -> Path:
-    """The file in a folder that defines the tokenizer; the fullest description there is goes first."""
-    if (folder / "tokenizer.json").is_file():
-        return folder / "tokenizer.json"
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return folder / "vocab.json"
-    if (folder / "tokenizer.model").is_file():
-        return folder / "tokenizer.model"
-    others = sorted({*folder.glob("*.model"), *folder.glob("*.model.v*"), *folder.glob("*.tiktoken")})
-    if len(others) == 1:
-        return others[0]
-    if others:
-        raise UserError(
-            f"{folder} holds several tokenizers ({', '.join(p.name for p in others)}): name one of the files"
-        )
-    if (folder / "original" / "tokenizer.model").is_file():
-        return folder / "original" / "tokenizer.model"
-    raise UserError(
-        f"{folder} holds no tokenizer: there must be tokenizer.json, vocab.json with merges.txt, or a .model or .tiktoken file"
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

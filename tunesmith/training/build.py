@@ -201,6 +201,12 @@ def construct_model(
     return model, rows if grows else None
 
 
+def check_weights(source: Source, model: CausalLM, first_new_row: int | None) -> None:
+    """Raise UserError where the files of `source` lack what a `model` made from it on the meta device needs: names and shapes alone are looked at."""
+    if source.folder is not None:
+        stored_weights(model, source.folder, source.family, first_new_row, source.new_head)
+
+
 def build_frozen(
     config: TrainSettings, source: Source, tokenizer: Tokenizer, mesh: Mesh, quantize: str | None = None
 ) -> CausalLM:
@@ -322,7 +328,7 @@ def stream_model(
     """As `load_model`, but the weights stay in their files (see `checkpoint.streamed`): for models to be computed with a few times, and written."""
     found = _construct(path, dtype, adapter, base, quantize_base=False)
     model, place = found.model, pick_device(str(device))
-    stream_weights(model, stored_weights(model, found.folder, model.family, found.brought), place)
+    stream_weights(model, stored_weights(model, found.folder, model.family, without=found.brought), place)
     with weights_here(model.model.embed_tokens), weights_here(model.head):  # an adapter may bring a copy of them
         _add_adapter(found, place)
     return model.requires_grad_(False).eval()

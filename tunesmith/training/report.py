@@ -137,8 +137,8 @@ def _work(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     tflops = [value for _, value in _finite(rows, "tflops_per_device")]
     if tflops:
         shares = [value for _, value in _finite(rows, "mfu")]
-        more = f"MFU {statistics.median(shares):.1%}" if shares else "a device, median"
-        tiles.append({"name": "Model FLOP/s", "value": f"{statistics.median(tflops):,.3g} TFLOP/s", "more": more})
+        more = f"TFLOP/s, MFU {statistics.median(shares):.1%}" if shares else "TFLOP/s a device, median"
+        tiles.append({"name": "Model FLOP/s", "value": f"{statistics.median(tflops):,.3g}", "more": more})
     waited, seconds = _training_seconds(rows, "data_seconds"), _training_seconds(rows)
     if waited and seconds:
         tiles.append({"name": "Waiting for data", "value": f"{waited / seconds:.1%}", "more": "of the time in steps"})

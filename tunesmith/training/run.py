@@ -53,7 +53,7 @@ from tunesmith.parallel.async_tensor import check_async_tensor_parallel
 from tunesmith.parallel.device import pick_device
 from tunesmith.parallel.mesh import DATA, Mesh, Ranks, start_mesh, stop_mesh
 from tunesmith.remote import is_remote, working_folder
-from tunesmith.training.build import DTYPES, Source, construct_frozen, construct_model, scheme_of
+from tunesmith.training.build import DTYPES, Source, check_weights, construct_frozen, construct_model, scheme_of
 from tunesmith.training.convert import quantize_repository
 from tunesmith.training.flops import forward_flops, training_flops
 from tunesmith.training.folder import check_shared, claim, environment, launch, unclaim
@@ -125,12 +125,15 @@ class Run:
         problems = [*layout_problems(self.config, shape), *group_problems(self.config, source.family, shape)]
         if problems:
             raise UserError("\n".join(problems))
-        model, _ = construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
+        model, first_new_row = construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
+        if self.resume_from is None and not getattr(self.config, "from_scratch", False):
+            check_weights(source, model, first_new_row)
         if isinstance(self.config.weights, LoRAWeights):
             freeze_base(model)
         self._meter.flops = training_flops(model)
         if beside is not None:
-            frozen, _ = construct_frozen(self.config, beside, tokenizer)
+            frozen, first_new_row = construct_frozen(self.config, beside, tokenizer)
+            check_weights(beside, frozen, first_new_row)
             self._meter.flops += forward_flops(frozen, shape.num_hidden_layers)
         warnings = [
             warn_of_length(self.config, shape),

@@ -5,14 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.training.preflight.files import HUB_ID
 from tunesmith.training.preflight.machine import importable
-
-if TYPE_CHECKING:
-    pass
 
 
 def data_problems(config: Any, notes: list[str]) -> Iterator[str]:
@@ -43,9 +40,16 @@ def _source(source: Any, option: str, notes: list[str]) -> Iterator[str]:
         return
     if name in named.NAMED or Path(name).expanduser().exists():
         try:
-            named.resolve(source)
+            resolved, reading = named.resolve(source)
         except UserError as error:
             yield f"`{option}.source`: {error}"
+            return
+        from tunesmith.training.preflight.rows import check_rows
+
+        try:
+            check_rows(resolved, reading)
+        except UserError as error:
+            yield str(error)
         return
     if any(sign in name for sign in "*?["):
         base = Path(name).expanduser()

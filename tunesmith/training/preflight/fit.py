@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.configs.layout import Layout
 from tunesmith.configs.stages import stage_layers
 from tunesmith.errors import UserError
-from tunesmith.hub import follow_latest, read_json
+from tunesmith.hub import follow_latest, read_json, tokenizer_file
 from tunesmith.nn.scheme import Scheme
 from tunesmith.training.preflight.files import not_a_folder, option_of
 
@@ -194,12 +194,15 @@ def shape_of(config: Any, model: str | None = None) -> tuple[Family, DecoderConf
 
 
 def _count_tokens(config: Any, rows: int) -> int:
-    """How many tokens tokenizer.json and `tokenizer.add_tokens` make, where that may be more than `rows`; else 0.
+    """How many tokens tokenizer.json (or vocab.json) and `tokenizer.add_tokens` make, where that may be more than `rows`; else 0.
 
     To parse a large file takes most of a second: first it is searched for a number that could be such an id.
     """
     place, added = Path(config.tokenizer.path or config.model).expanduser(), dict.fromkeys(config.tokenizer.add_tokens)
-    file = follow_latest(place) / "tokenizer.json" if place.is_dir() or place.name == "latest" else place
+    file = follow_latest(place)
+    if file.is_dir():
+        names = [name for name in ("tokenizer.json", "vocab.json") if (file / name).is_file()]
+        file /= (*names, "tokenizer.json")[0]
     if file.suffix != ".json" or not file.is_file():
         return 0
     content, spare = file.read_bytes(), max(0, rows - len(added))
@@ -207,7 +210,10 @@ def _count_tokens(config: Any, rows: int) -> int:
         return 0
     try:
         parsed = json.loads(content)
-        ids = {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in parsed["added_tokens"]}}
+        if file.name == "vocab.json":
+            ids = dict(parsed)
+        else:
+            ids = {**parsed["model"]["vocab"], **{token["content"]: token["id"] for token in parsed["added_tokens"]}}
         return max(ids.values()) + 1 + sum(token not in ids for token in added)
     except (ValueError, KeyError, TypeError):
         return 0  # another kind of tokenizer, or a damaged file: the run's own reader says which
@@ -253,6 +259,12 @@ def tokenizer_problems(config: Any, notes: list[str]) -> Iterator[str]:
         return
     if tokenizer.path is not None and not Path(tokenizer.path).expanduser().exists():
         yield from not_a_folder("tokenizer.path", tokenizer.path, notes)
+    folder = follow_latest(Path(tokenizer.path or config.model).expanduser())
+    if folder.is_dir() and (tokenizer.path or (folder / "config.json").is_file()):
+        try:
+            tokenizer_file(folder)
+        except UserError as error:
+            yield str(error)
     template = tokenizer.chat_template
     built_in = Path(__file__).parents[2] / "data" / "templates"
     if (
