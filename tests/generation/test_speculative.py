@@ -11,8 +11,9 @@ from tunesmith.errors import UserError
 from tunesmith.generation.engine import Engine
 from tunesmith.generation.reader import generating
 from tunesmith.generation.sampling import Sampling
-from tunesmith.generation.speculative import DraftModel, PromptLookup, check_draft
+from tunesmith.generation.speculative import DraftModel, PromptLookup
 from tunesmith.generation.writing import Writing, random_numbers
+from tunesmith.training.preflight import check_draft
 
 
 def written(model, prompts, sampling, drafter=None, batch_size=3, cache_tokens=2000):
@@ -94,11 +95,9 @@ def test_little_memory_puts_sequences_off_but_changes_nothing():
 
 
 def test_drafts_that_do_not_fit_are_refused():
-    llama, dynamic = pair("llama")[1], pair("llama dynamic beyond")[1]
+    llama, dynamic = pair("llama")[1].config, pair("llama dynamic beyond")[1].config
     check_draft(llama, llama)
     with pytest.raises(UserError, match="depend on a text's length"):
         check_draft(dynamic, llama)
-    other = copy.deepcopy(llama)
-    other.config = dataclasses.replace(llama.config, vocab_size=99)
     with pytest.raises(UserError, match="vocabulary has 99 tokens, the model's"):
-        check_draft(llama, other)
+        check_draft(llama, dataclasses.replace(llama, vocab_size=99))

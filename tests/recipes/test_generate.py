@@ -16,6 +16,7 @@ from tunesmith.configs.shared import TokenizerConfig
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.recipes.generate import main
+from tunesmith.training.preflight import check
 
 
 def config_of(folder, **options):
@@ -297,6 +298,26 @@ def test_what_a_search_is_not_for_is_told():
         "generate", "model=m", "num_beams=2", "temperature=0", "early_stopping=never", "length_penalty=-1"
     )
     assert (config.early_stopping, config.length_penalty) == ("never", -1.0)
+
+
+def test_drafts_that_can_not_guess_are_told_before_weights_are_read(tiny_model, tmp_path):
+    for name, changes, words in (
+        ("sized", {"vocab_size": 999}, "the draft model's vocabulary has 999 tokens, the model's"),
+        (
+            "scorer",
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "`speculative.draft_model`: .* is a reward model",
+        ),
+        ("dynamic", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "depend on a text's length"),
+    ):
+        shutil.copytree(tiny_model, tmp_path / name)
+        content = json.loads((tmp_path / name / "config.json").read_text())
+        content.pop("rope_parameters", None)
+        (tmp_path / name / "config.json").write_text(json.dumps(content | changes))
+        with pytest.raises(UserError, match=words):
+            check(config_of(tiny_model, prompt="a", speculative=Speculative(draft_model=str(tmp_path / name))))
+    with pytest.raises(UserError, match="`speculative.draft_model`: there is no folder nowhere"):
+        check(config_of(tiny_model, prompt="a", speculative=Speculative(draft_model="nowhere")))
 
 
 def test_a_prompt_that_is_too_long_is_told_before_weights_are_read(tiny_model, tmp_path):

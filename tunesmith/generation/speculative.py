@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 
-from tunesmith.errors import UserError
 from tunesmith.generation.reader import Memory, Reader
 from tunesmith.generation.sampler import Sampler
 from tunesmith.generation.writing import Writing
@@ -102,18 +101,3 @@ class DraftModel:
             logits.device, torch.float32 if logits.device.type == "mps" else torch.float64
         )
         return Sampler(samplings, logits.device).choose(logits, drawn).tolist()
-
-
-def check_draft(model: CausalLM, draft: CausalLM) -> None:
-    """Raise UserError for a draft whose tokens aren't the model's, or whose memory of a text can go out of date."""
-    if draft.num_outputs != model.num_outputs:
-        raise UserError(
-            f"the draft model's vocabulary has {draft.num_outputs} tokens, the model's {model.num_outputs}: "
-            "take a smaller model of the same family"
-        )
-    for which, one in (("draft model", draft), ("model", model)):
-        if one.config.depends_on_length:
-            raise UserError(
-                f"the {which}'s rotary frequencies depend on a text's length, so guesses can't be checked in one pass: "
-                "leave the draft out"
-            )

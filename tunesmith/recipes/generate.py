@@ -33,12 +33,12 @@ from tunesmith.generation.completions import Completion, Prompt, checked_prompts
 from tunesmith.generation.constraints import Constraint
 from tunesmith.generation.engine import Drafter
 from tunesmith.generation.sampling import Sampling
-from tunesmith.generation.speculative import DraftModel, PromptLookup, check_draft
+from tunesmith.generation.speculative import DraftModel, PromptLookup
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import A_DAY, Mesh, Replicas, start_mesh, stop_mesh
 from tunesmith.training.build import DTYPES, describe_model, load_model, tokenizer_folder
-from tunesmith.training.preflight import check
+from tunesmith.training.preflight import check, check_draft
 
 
 def main(config: Generate) -> None:
@@ -67,9 +67,11 @@ def _generate(
     templates = family.chat_templates if is_chat else ()
     tokenizer = find_tokenizer(config.tokenizer, tokenizer_folder(config.model, config.adapter), templates)
     encoded = checked_prompts(shape, tokenizer, [_as_given(prompt) for prompt in prompts], config.chat)
+    if config.speculative.draft_model is not None:
+        check_draft(shape, describe_model(config.speculative.draft_model)[1])
     options = {"dtype": DTYPES[config.dtype], "device": device, "quantize_base": config.quantize_base, "mesh": mesh}
     model = load_model(config.model, adapter=config.adapter, **options)
-    drafter = open_drafter(config, model, options)
+    drafter = open_drafter(config, options)
 
     replicas = Replicas(mesh)
     # Where prompts are shared, those of others are written meanwhile; of a search nothing is certain before its end.
@@ -155,7 +157,7 @@ def sampling_of(config: Generate) -> Sampling:
     )
 
 
-def open_drafter(config: Generate, model: CausalLM, options: dict[str, Any]) -> Callable[[int], Drafter] | None:
+def open_drafter(config: Generate, options: dict[str, Any]) -> Callable[[int], Drafter] | None:
     """Who guesses ahead, given the tokens that the cache holds."""
     guess = config.speculative
     if guess.prompt_lookup:
@@ -163,7 +165,6 @@ def open_drafter(config: Generate, model: CausalLM, options: dict[str, Any]) -> 
     if guess.draft_model is None:
         return None
     draft = load_model(guess.draft_model, **{**options, "quantize_base": False})
-    check_draft(model, draft)
     return lambda cache_tokens: DraftModel(draft, cache_tokens, guess.num_tokens or 4)
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 from tunesmith.errors import ConfigError
 from tunesmith.training.preflight.beside import (
+    check_draft,
     check_plain,
     check_reference,
+    draft_problems,
     frozen_layout_problems,
     frozen_stages,
     reference_problems,
@@ -48,6 +50,7 @@ from tunesmith.training.preflight.rounding import check_roundable, rounding_prob
 __all__ = [
     "base_of_none",
     "check",
+    "check_draft",
     "check_exportable",
     "check_plain",
     "check_reference",
@@ -90,6 +93,7 @@ _PARTS = (
     label_problems,
     reference_problems,
     teacher_problems,
+    draft_problems,
     rounding_problems,
     export_problems,
     tokenizer_problems,

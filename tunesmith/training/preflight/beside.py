@@ -1,4 +1,4 @@
-"""Models that compute beside the trained one: a reference, a teacher. Imports no torch."""
+"""Models that compute beside another: a reference, a teacher, a draft. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tunesmith.configs.layout import Layout
 from tunesmith.configs.stages import stage_layers
 from tunesmith.errors import UserError
 from tunesmith.hub import follow_latest
-from tunesmith.training.preflight.files import ADAPTER_FILE, model_folder, not_a_folder, option_of
+from tunesmith.training.preflight.files import ADAPTER_FILE, model_folder, not_a_folder, option_of, weights_folder
 from tunesmith.training.preflight.fit import shape_of
 from tunesmith.training.vocabulary import read_vocabulary, vocabulary_problem
 
@@ -103,6 +103,43 @@ def check_reference(
             f"`reference.model`: {name} is another kind of model than {model}: {', '.join(different)}; a reference is the trained model "
             "at an earlier time, such as the one that training starts from"
         )
+
+
+def draft_problems(config: Any, notes: list[str]) -> Iterator[str]:
+    """The model that guesses ahead of another: its files, and whether its guesses can be checked."""
+    from tunesmith.models.families import model_config
+
+    if (name := option_of(config, "speculative", "draft_model")) is None:
+        return
+    folder = follow_latest(Path(name).expanduser())
+    if not folder.exists():
+        yield from not_a_folder("speculative.draft_model", name, notes)
+        return
+    if not (folder / ADAPTER_FILE).is_file() or (folder / "config.json").is_file():
+        yield from (problems := [f"`speculative.draft_model`: {one}" for one in model_folder(folder, weights=True)])
+        if problems:
+            return
+    try:
+        folders = weights_folder(config.model), weights_folder(name)
+        if folders[0] is not None and folders[1] is not None:
+            check_draft(model_config(folders[0])[2], model_config(folders[1])[2])
+    except UserError as error:
+        yield str(error)
+
+
+def check_draft(model: DecoderConfig, draft: DecoderConfig) -> None:
+    """Raise UserError for a draft whose tokens aren't the model's, or whose memory of a text can go out of date."""
+    if draft.vocab_size != model.vocab_size:
+        raise UserError(
+            f"the draft model's vocabulary has {draft.vocab_size} tokens, the model's {model.vocab_size}: "
+            "take a smaller model of the same family"
+        )
+    for which, one in (("draft model", draft), ("model", model)):
+        if one.depends_on_length:
+            raise UserError(
+                f"the {which}'s rotary frequencies depend on a text's length, so guesses can't be checked in one pass: "
+                "leave the draft out"
+            )
 
 
 def check_plain(hf_config: dict[str, Any], model: str) -> None:
