@@ -456,7 +456,12 @@ def test_packages(model, monkeypatch, word, package):
         ("a.json", "[ ]", [], "`a.json` holds no rows"),
         ("a.csv", "prompt,completion\n", [], "`a.csv` holds no rows"),
         ("a.jsonl", '\n{"foo": 1}', [], "a.jsonl:2: no known format fits the columns `foo`"),
-        ("a.jsonl.gz", gzip.compress(b'{"foo": 1}'), [], "a.jsonl.gz:1: no known format fits the columns `foo`"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"foo": 1}', mtime=0),
+            [],
+            "a.jsonl.gz:1: no known format fits the columns `foo`",
+        ),
         ("a.json", '[{"foo": 1}, {"bar', [], "a.json row 1: no known format fits the columns `foo`"),
         ("a.csv", "prompt,answer\na,b", [], "a.csv:2: no known format fits the columns `prompt`, `answer`"),
         ("a.jsonl", "3", [], "a.jsonl:1: int where an object with columns was expected"),
