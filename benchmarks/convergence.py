@@ -29,6 +29,12 @@ MODEL = {
 }  # fmt: skip
 
 PLAIN = "plain: one process, fp32"
+
+
+def pipeline(schedule: str) -> list[str]:
+    return ["pipeline_parallel_dim=2", f"pipeline_parallel_schedule={schedule}"]
+
+
 RUNS: dict[str, tuple[int, list[str]]] = {
     PLAIN: (1, []),
     "micro-batches of 1": (1, ["batch_size=1"]),
@@ -49,9 +55,23 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "pp2": (2, ["pipeline_parallel_dim=2", "batch_size=2"]),
     "dp2, bf16 over fp32 weights": (2, ["dtype=bf16", "param_dtype=fp32"]),
     "dp2 x tp2": (4, ["tensor_parallel_dim=2"]),
+    "dp2, parameters on the host": (2, ["fsdp_cpu_offload=true"]),
+    "dp2 x cp2": (4, ["context_parallel_dim=2"]),
+    "dp2 x pp2": (4, ["pipeline_parallel_dim=2", "batch_size=2"]),
+    "tp2 x pp2": (4, ["tensor_parallel_dim=2", "pipeline_parallel_dim=2", "batch_size=2"]),
+    "pp2, interleaved 1F1B": (2, [*pipeline("Interleaved1F1B"), "batch_size=2"]),
+    "pp2, ZBV zero bubble": (2, [*pipeline("ZBVZeroBubble"), "batch_size=2"]),
+    "pp2, DualPipeV": (2, [*pipeline("DualPipeV"), "batch_size=1"]),
+    "QAT, 8-bit inputs and 4-bit weights": (1, ["+qat"]),
 }
 # What may differ from the plain run by more than the order of sums.
-ROUNDED = {"bf16 over fp32 weights", "bf16", "8-bit AdamW", "dp2, bf16 over fp32 weights"}
+ROUNDED = {
+    "bf16 over fp32 weights",
+    "bf16",
+    "8-bit AdamW",
+    "dp2, bf16 over fp32 weights",
+    "QAT, 8-bit inputs and 4-bit weights",
+}
 
 
 def main() -> None:
@@ -167,9 +187,9 @@ the data of a step depend on the seed and the step alone, so curves can be laid 
 {chr(10).join(rows)}
 
 Layouts, micro-batches and checkpointing change nothing but the order of sums: the largest distance among them is {worst:.1e} of the loss.
-Where numbers are rounded otherwise (bf16, 8-bit states) curves part by that rounding and stay together.
+Where numbers are rounded otherwise (bf16, 8-bit states, QAT) curves part by that rounding and stay together.
 
-`python benchmarks/convergence.py PATH/TO/{found["text"]} --steps {found["steps"]}` makes this page again, on {found["machine"]["cores"]} cores in about half an hour.
+`python benchmarks/convergence.py PATH/TO/{found["text"]} --steps {found["steps"]}` makes this page again, on {found["machine"]["cores"]} cores in about three quarters of an hour.
 {found["date"]}; {found["machine"]["processor"]}; {versions_}. Every loss is in `benchmarks/results/convergence.json`.
 """)
 

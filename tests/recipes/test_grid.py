@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tunesmith
 from tests.runs import COMMON, assert_same, train
@@ -107,6 +108,29 @@ def test_each_method_trains_for_float8(method, scale, rows, on_one, tmp_path):
     words = [*words_of(method, "qat", rows), "qat.type=float8_weight_only", "optimizer.lr=0.0"]
     expected, _ = on_one(words)
     assert_same(train([*words, "batch_size=1"], tmp_path / "run", scale), expected)
+
+
+IN_FULL = [("sft", "qlora"), ("reward", "dora")]
+REST = [pytest.param(*one, marks=pytest.mark.slow) for one in CELLS if one not in IN_FULL]
+
+
+@pytest.mark.parametrize(("method", "weights"), [*IN_FULL, *REST])
+def test_every_cell_is_exported_for_transformers(method, weights, rows, on_one, tmp_path):
+    """Adapters merged, those over 4-bit weights into the base as it was before."""
+    _, folder = on_one(words_of(method, weights, rows))
+    checkpoint, exported = folder / "checkpoints" / "latest", tmp_path / "exported"
+    tunesmith.run(tunesmith.load_config("export", f"model={checkpoint}", f"output_dir={exported}", "dtype=fp32"))
+    kind = AutoModelForSequenceClassification if method == "reward" else AutoModelForCausalLM
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        theirs = kind.from_pretrained(exported, dtype=torch.float32).eval()(ids).logits
+        ours, trained = (
+            model.scores(ids) if method == "reward" else model.logits(ids)
+            for model in (tunesmith.load_model(one, dtype="float32") for one in (exported, checkpoint))
+        )
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+    if weights != "qlora":
+        torch.testing.assert_close(ours, trained, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
