@@ -390,6 +390,25 @@ def test_a_signal_while_a_line_is_written_does_not_break_the_run(tmp_path, tiny_
         assert run.stopped
 
 
+def test_sigterm_while_a_failed_run_cleans_up_is_no_wish_to_end(tmp_path, tiny_model, chat_file, monkeypatch):
+    """torchrun sends it to the ranks that are left when one has died; taken for a wish, the run would not be started again."""
+    from tunesmith.training.run import Run, start_run
+
+    close = Run.close
+
+    def close_slowly(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        close(self)
+
+    monkeypatch.setattr(Run, "close", close_slowly)
+    before = signal.getsignal(signal.SIGTERM)
+    settings = words(tmp_path / "run", tiny_model, chat_file)
+    with pytest.raises(ZeroDivisionError), start_run(load_config(*settings), "sft"):
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_run_outside_the_main_thread_works(tmp_path, tiny_model, chat_file):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(train, tmp_path / "run", tiny_model, chat_file, "max_steps=1").result()

@@ -71,7 +71,7 @@ from tunesmith.training.preflight import (
 from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress, format_bytes
 from tunesmith.training.report import write_report
-from tunesmith.training.signals import end_on_sigterm, stop_on_signal
+from tunesmith.training.signals import end_on_sigterm, ignore_sigterm, stop_on_signal
 from tunesmith.training.step import StepStats
 from tunesmith.training.watchdog import FOLDER as HANG_FOLDER
 from tunesmith.training.watchdog import Watchdog, noticing_lost_ranks
@@ -458,7 +458,9 @@ def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
             stack.callback(run.close)
             with run.memory_snapshots:
                 yield run
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception):
+                ignore_sigterm()
             if mesh.is_main and not (resumes or (run is not None and run.has_begun)):
                 unclaim(folder)
             raise

@@ -26,6 +26,12 @@ def end_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
+def ignore_sigterm() -> None:
+    """Until `end_on_sigterm` ends. For a run that failed: torchrun sends SIGTERM to the ranks that are left, and cleaning up must not pass for a wish to end."""
+    if _may_have_handlers():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def stop_on_signal(ask: Callable[[int], None]) -> Iterator[None]:
     """The first SIGINT, SIGTERM or SIGHUP (a closed terminal) calls `ask` with its number; a second one of the same kind does what it did before."""
