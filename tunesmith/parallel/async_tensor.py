@@ -12,8 +12,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch.distributed import _symmetric_memory as symmetric_memory
-
 from tunesmith.configs.layout import AXES
 from tunesmith.errors import UserError
 from tunesmith.parallel.device import device_name, has_symmetric_memory, reads_memory_of
@@ -67,6 +65,8 @@ def link_problem(own: Place, peers: list[Place], reads: Callable[[int], bool]) -
 
 def pipelining_options(mesh: Mesh) -> dict[str, Any]:
     """The compiler's options with which a layer's messages along the mesh's `tp` axis travel while it computes."""
+    from torch.distributed import _symmetric_memory as symmetric_memory  # late: not every build of torch has it
+
     with warnings.catch_warnings():
         # torch 2.13 calls it needless, and its compiler still asks whether it was called.
         warnings.simplefilter("ignore", FutureWarning)
