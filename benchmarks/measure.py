@@ -54,7 +54,10 @@ def now() -> float:
 
 def mark(name: str, **values: Any) -> None:
     """Called by a contender: tell the parent that something has just happened."""
-    print(_SIGN + json.dumps({"name": name, "wall": time.time(), "cpu": time.process_time(), **values}), flush=True)
+    one = {"name": name, "wall": time.time(), "cpu": time.process_time(), **values}
+    print(
+        _SIGN + json.dumps(one), file=sys.__stdout__, flush=True
+    )  # whatever a contender has put in the place of stdout
 
 
 class StepClock:
