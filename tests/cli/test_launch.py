@@ -287,6 +287,25 @@ def test_a_worker_that_is_deaf_to_signals_is_not_waited_for_once_another_failed(
                 signal.signal(number, handler)
 
 
+AS_THE_TIMER_STARTS = """
+import os, signal, sys
+from types import SimpleNamespace
+import torch.distributed.run
+from torch.distributed.elastic.metrics import api
+from tunesmith.cli.launch import launch_workers
+
+api.time = SimpleNamespace(time=lambda: os.kill(os.getpid(), signal.SIGTERM))
+torch.distributed.run.run = api.prof(print)
+sys.exit(launch_workers(["--nproc_per_node", "2"], "{}"))
+"""
+
+
+def test_a_signal_that_comes_as_torchruns_timer_starts_ends_the_run_as_any_other():
+    """There, another exception takes the place of the handler's."""
+    ended = subprocess.run([sys.executable, "-c", AS_THE_TIMER_STARTS], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (143, "")
+
+
 @pytest.mark.parametrize(
     ("options", "processes"),
     [("--nproc_per_node 2", 2), ("--nnodes 4 --nproc-per-node=8", 32), ("--nnodes 2:2 --nproc_per_node 2", 4), ("--nnodes 1:4 --nproc_per_node 2", 0), ("--nproc_per_node gpu", 0)],

@@ -45,9 +45,11 @@ def launch_workers(options: list[str], config: str) -> int:
             run(arguments)
         except ChildFailedError as error:
             return _report(error, deaths)
-        except SignalException as error:
-            return _end_on_purpose(Path(notes)) or 128 + int(error.sigval)
-        except (RendezvousError, DistError) as error:
+        except Exception as error:
+            if (ended := _in_chain(error, SignalException)) is not None:
+                return _end_on_purpose(Path(notes)) or 128 + int(ended.sigval)
+            if not isinstance(error, (RendezvousError, DistError)):
+                raise
             print(_no_meeting(arguments, error), file=sys.stderr)
             return 1
     return 0
@@ -203,6 +205,14 @@ def _who(notes: Path, pid: int) -> str:
         if note["pid"] == pid:
             return f"rank {note['rank']} ({note['host']}, process {pid}) {note['at']}"
     return f"a worker (process {pid})"
+
+
+def _in_chain(error: BaseException | None, kind: type[Any]) -> Any:
+    """The exception of `kind` that led to `error`, or None. A signal may come in the few instructions of torchrun's timers in which
+    another exception takes the place of the one that our handler raises (torch 2.13)."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _cause(failures: dict[int, Any]) -> tuple[int, Any]:
