@@ -23,7 +23,7 @@ from tunesmith.nn.score import ScoreHead
 from tunesmith.nn.sequence_shards import SequenceShards
 from tunesmith.training.build import as_classifier, build_model, find_model, max_sequence_length
 from tunesmith.training.optim import build_optimizer
-from tunesmith.training.run import start_run
+from tunesmith.training.start import start_run
 from tunesmith.training.step import LossFunction, Metric, train_step, validation_means
 
 
