@@ -115,7 +115,7 @@ def random_model(config, source, mesh):
     """As training.build.build_model makes it, with numbers from the device's own generator: drawing 8B on the CPU takes minutes."""
     import torch
 
-    from tunesmith.configs.shared import LoRAWeights
+    from tunesmith.configs.weights import LoRAWeights
     from tunesmith.models.decoder import build
     from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
     from tunesmith.nn.quantize import NF4Linear

@@ -18,7 +18,8 @@ from tunesmith.checkpoint import adapter as peft
 from tunesmith.checkpoint.hf import load_weights, prepare_quantized, read_model_config, stated_dtype
 from tunesmith.checkpoint.load import stored_weights
 from tunesmith.checkpoint.streamed import stream_weights, weights_here
-from tunesmith.configs.shared import QAT, LoRAWeights, TrainSettings
+from tunesmith.configs.shared import TrainSettings
+from tunesmith.configs.weights import QAT, LoRAWeights
 from tunesmith.data.loader import DEFAULT_MAX_SEQ_LEN
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tunesmith.checkpoint.hf import outgoing as outgoing_part
 from tunesmith.checkpoint.tensor_files import Outgoing, StoredTensor
-from tunesmith.configs import shared
+from tunesmith.configs import optim as sections
+from tunesmith.configs.shared import TrainSettings
 from tunesmith.errors import UserError, require
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.parallel.gradients import norm_over, sum_partial
@@ -36,7 +37,7 @@ _STATE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Optimizer:
     """The optimizer of a run. `set_step`, a backward pass of `scaled(loss)` for each micro-batch, then `step`."""
 
-    def __init__(self, model: nn.Module, config: shared.TrainSettings, total_steps: int, mesh: Mesh):
+    def __init__(self, model: nn.Module, config: TrainSettings, total_steps: int, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.total_steps = total_steps
         self.may_skip = False
@@ -378,26 +379,28 @@ def _as_asked(optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[s
 
 
 def build_optimizers(
-    parameters: Parameters, config: shared.Optimizer, wholes: Callable[[], Wholes]
+    parameters: Parameters, config: sections.Optimizer, wholes: Callable[[], Wholes]
 ) -> list[torch.optim.Optimizer]:
     """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes; none for none."""
-    if not parameters and not isinstance(config, shared.Muon):  # which brings ranks together, also those without a part
+    if not parameters and not isinstance(
+        config, sections.Muon
+    ):  # which brings ranks together, also those without a part
         return []
-    if isinstance(config, shared.AdamW):
+    if isinstance(config, sections.AdamW):
         kind = torch.optim.AdamW
         if config.state_dtype is not None:
             kind = partial(AdamWithStateDtype, state_dtype=_STATE_DTYPES[config.state_dtype])
         groups = _groups(parameters, config.weight_decay)
         return [kind(groups, config.lr, config.betas, config.eps, fused=config.fused)]
-    if isinstance(config, shared.AdamW8bit):
+    if isinstance(config, sections.AdamW8bit):
         torchao_optim = _import_torchao()
         return [torchao_optim.AdamW8bit(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps)]
-    if isinstance(config, shared.SGD):
+    if isinstance(config, sections.SGD):
         groups = _groups(parameters, config.weight_decay)
         return [torch.optim.SGD(groups, config.lr, momentum=config.momentum, fused=True)]
-    if isinstance(config, shared.Adafactor):
+    if isinstance(config, sections.Adafactor):
         return [torch.optim.Adafactor(_groups(parameters, config.weight_decay), config.lr)]
-    if isinstance(config, shared.Muon):
+    if isinstance(config, sections.Muon):
         return _muon(parameters, config, wholes())
     return [_third_party(parameters, config)]
 
@@ -410,7 +413,7 @@ def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-def _muon(parameters: Parameters, config: shared.Muon, wholes: Wholes) -> list[torch.optim.Optimizer]:
+def _muon(parameters: Parameters, config: sections.Muon, wholes: Wholes) -> list[torch.optim.Optimizer]:
     def is_hidden_matrix(item: tuple[str, nn.Parameter]) -> bool:
         name, parameter = item
         return parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith(("lm_head", "score"))
@@ -437,7 +440,7 @@ def _import_torchao() -> Any:
         logging.disable(before)
 
 
-def _third_party(parameters: Parameters, config: shared.ThirdPartyOptimizer) -> torch.optim.Optimizer:
+def _third_party(parameters: Parameters, config: sections.ThirdPartyOptimizer) -> torch.optim.Optimizer:
     kind: Callable[..., torch.optim.Optimizer] = import_dotted(config.type, "optimizer.type")
     try:
         optimizer = kind([p for _, p in parameters], lr=config.lr, **config.options)
@@ -460,6 +463,6 @@ def import_dotted(path: str, key: str) -> Any:
         raise UserError(f"`{key}: {path}` can't be imported: {error}") from error
 
 
-def build_optimizer(model: nn.Module, config: shared.TrainSettings, total_steps: int, mesh: Mesh) -> Optimizer:
+def build_optimizer(model: nn.Module, config: TrainSettings, total_steps: int, mesh: Mesh) -> Optimizer:
     """The optimizer of a run over the trained parameters of `model`; `total_steps` is what the schedule spans."""
     return Optimizer(model, config, total_steps, mesh)

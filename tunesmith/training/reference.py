@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.configs.preference import Preference
-from tunesmith.configs.shared import LoRAWeights
+from tunesmith.configs.weights import LoRAWeights
 from tunesmith.data.batch import Batch
 from tunesmith.data.cache import cache_folder
 from tunesmith.data.loader import Batches

@@ -27,7 +27,8 @@ from tunesmith.checkpoint.hf import check_saved, stage_repository
 from tunesmith.checkpoint.resume import Checkpoints
 from tunesmith.checkpoint.uploads import Uploads
 from tunesmith.config import dump_config
-from tunesmith.configs.shared import QAT, LoRAWeights, TrainSettings
+from tunesmith.configs.shared import TrainSettings
+from tunesmith.configs.weights import QAT, LoRAWeights
 from tunesmith.data.report import DataReport
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
