@@ -439,15 +439,15 @@ def test_an_error_waits_for_the_save_in_the_background(tmp_path, tiny_model, cha
 
 
 def test_files_that_differ_from_memory_are_an_error(tmp_path, tiny_model, chat_file, monkeypatch):
-    from tunesmith.checkpoint import tensor_files
+    from tunesmith.checkpoint import write
 
-    make = tensor_files.Outgoing.own
+    make = write.Outgoing.own
 
     def wrong(self):
         values = make(self)
         return values.flip(0) if values.shape == (64, 128) else values
 
-    monkeypatch.setattr(tensor_files.Outgoing, "own", wrong)
+    monkeypatch.setattr(write.Outgoing, "own", wrong)
     with pytest.raises(UserError, match="other logits"):
         train(tmp_path / "run", tiny_model, chat_file, "max_steps=1")
 

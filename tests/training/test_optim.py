@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.checkpoint.tensor_files import read_stem, write_tensors
+from tunesmith.checkpoint.tensor_files import read_stem
+from tunesmith.checkpoint.write import write_tensors
 from tunesmith.configs import optim
 from tunesmith.configs.schedule import Cosine
 from tunesmith.configs.shared import TrainSettings

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tunesmith.checkpoint.check import TOLERANCES, check_logits, probe_logits
 from tunesmith.checkpoint.hf import SavesFiles, explain_full_disk, outgoing, save_tokenizer, staged
-from tunesmith.checkpoint.tensor_files import StoredTensor, read_tensor_file, write_tensors, write_text
+from tunesmith.checkpoint.tensor_files import StoredTensor, read_tensor_file
+from tunesmith.checkpoint.write import write_tensors, write_text
 from tunesmith.errors import UserError
 from tunesmith.hub import read_json
 from tunesmith.models.config_json import check_known

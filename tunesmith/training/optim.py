@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.checkpoint.hf import outgoing as outgoing_part
-from tunesmith.checkpoint.tensor_files import Outgoing, StoredTensor
+from tunesmith.checkpoint.tensor_files import StoredTensor
+from tunesmith.checkpoint.write import Outgoing
 from tunesmith.configs import optim as sections
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.errors import UserError, require
