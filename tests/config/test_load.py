@@ -7,7 +7,7 @@ import pytest
 from tunesmith.config import ConfigError, dump, load, load_config, recipe_name
 from tunesmith.configs.generate import Prompt
 from tunesmith.configs.loggers import ThirdPartyLogger
-from tunesmith.configs.optim import SGD, AdamW, ThirdPartyOptimizer
+from tunesmith.configs.optimizers import SGD, AdamW, ThirdPartyOptimizer
 from tunesmith.configs.recipes import RECIPES, overlays
 from tunesmith.configs.schedule import Cosine
 from tunesmith.configs.weights import FullWeights, LoRAWeights

@@ -4,7 +4,7 @@ import pytest
 
 from tunesmith.configs.data import ChatData
 from tunesmith.configs.export import Export
-from tunesmith.configs.optim import AdamW
+from tunesmith.configs.optimizers import AdamW
 from tunesmith.configs.schedule import Cosine
 from tunesmith.configs.weights import LoRAWeights
 

@@ -8,7 +8,7 @@ import pytest
 from tunesmith.config import load, load_config
 from tunesmith.configs import torchtune_methods, torchtune_names
 from tunesmith.configs.loggers import TensorBoard, WandB
-from tunesmith.configs.optim import SGD, AdamW, ThirdPartyOptimizer
+from tunesmith.configs.optimizers import SGD, AdamW, ThirdPartyOptimizer
 from tunesmith.configs.quantize import SchemeConfig
 from tunesmith.configs.schedule import Constant, Cosine
 from tunesmith.configs.weights import FullWeights, LoRAWeights

@@ -8,7 +8,7 @@ from tunesmith.config import load, load_config
 from tunesmith.configs import torchtune_methods
 from tunesmith.configs.data import ChatData, PreferenceData
 from tunesmith.configs.distill import ForwardKL, ReverseKL, SymmetricKL, Teacher
-from tunesmith.configs.optim import AdamW
+from tunesmith.configs.optimizers import AdamW
 from tunesmith.configs.preference import DPO, Hinge, Reference
 from tunesmith.configs.schedule import Constant, Cosine
 from tunesmith.configs.torchtune_names import MODELS

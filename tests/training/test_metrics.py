@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from tunesmith.configs import loggers, optim
+from tunesmith.configs import loggers, optimizers
 from tunesmith.errors import MissingExtra, UserError
 from tunesmith.training.loggers import flatten
 from tunesmith.training.metrics import Metrics, read_metrics
@@ -22,7 +22,7 @@ class Config:
     """As much of a training config as the loggers look at."""
 
     metric_logger: loggers.MetricLogger = field(default_factory=loggers.Disk)
-    optimizer: optim.Optimizer = field(default_factory=optim.AdamW)
+    optimizer: optimizers.Optimizer = field(default_factory=optimizers.AdamW)
     seed: int = 1
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tunesmith.configs import optim
+from tunesmith.configs import optimizers
 from tunesmith.configs.schedule import Cosine
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.data.batch import IGNORED, Batch
@@ -40,18 +40,18 @@ def micro_batches(size, **kwargs):
 
 def train(folder, size, steps=3, **settings):
     model = load_model(folder).train().requires_grad_(True)
-    config = TrainSettings(**{"dtype": "fp32", "optimizer": optim.AdamW(lr=1e-3), **settings})
+    config = TrainSettings(**{"dtype": "fp32", "optimizer": optimizers.AdamW(lr=1e-3), **settings})
     optimizer = build_optimizer(model, config, steps, start_mesh(CPU))
     mesh = start_mesh(CPU)
     stats = [train_step(model, optimizer, micro_batches(size, seed=s), loss_fn, mesh, s) for s in range(1, steps + 1)]
     return model, stats
 
 
-@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 0.1}, {"optimizer": optim.Muon(lr=1e-3)}])
+@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 0.1}, {"optimizer": optimizers.Muon(lr=1e-3)}])
 def test_the_update_does_not_depend_on_the_cut(tiny_model, settings):
     whole, stats = train(tiny_model, 8, **settings)
     # Muon orthogonalises in bfloat16: what differs in float32's last digit may round apart there.
-    tolerance = 2e-3 if isinstance(settings.get("optimizer"), optim.Muon) else 1e-5
+    tolerance = 2e-3 if isinstance(settings.get("optimizer"), optimizers.Muon) else 1e-5
     for size in (1, 2, 3):
         cut, cut_stats = train(tiny_model, size, **settings)
         assert [s.loss for s in cut_stats] == pytest.approx([s.loss for s in stats], rel=max(tolerance, 1e-5))
@@ -104,7 +104,9 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model, settings):
 
 def test_a_batch_without_labels_gives_a_zero_gradient(tiny_model):
     model = load_model(tiny_model).train().requires_grad_(True)
-    optimizer = build_optimizer(model, TrainSettings(dtype="fp32", optimizer=optim.SGD(lr=0.1)), 1, start_mesh(CPU))
+    optimizer = build_optimizer(
+        model, TrainSettings(dtype="fp32", optimizer=optimizers.SGD(lr=0.1)), 1, start_mesh(CPU)
+    )
     before = {name: p.clone() for name, p in model.named_parameters()}
     batch = micro_batches(8)[0]
     batch = Batch(batch.input_ids, torch.full_like(batch.labels, IGNORED), batch.positions)

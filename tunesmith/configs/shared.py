@@ -7,7 +7,7 @@ from tunesmith.configs._rules import Checked, below
 from tunesmith.configs._section import section
 from tunesmith.configs.layout import async_problems
 from tunesmith.configs.loggers import Disk, MetricLogger
-from tunesmith.configs.optim import AdamW, Optimizer
+from tunesmith.configs.optimizers import AdamW, Optimizer
 from tunesmith.configs.profile import Profiler
 from tunesmith.configs.schedule import Constant, LRScheduler
 from tunesmith.configs.stages import pipeline_problems
