@@ -11,7 +11,7 @@ from tunesmith.configs.shared import TrainSettings
 from tunesmith.data.batch import IGNORED, Batch
 from tunesmith.errors import UserError
 from tunesmith.parallel.mesh import start_mesh
-from tunesmith.training.build import load_model
+from tunesmith.training.load import load_model
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.step import Metric, train_step, validation_means
 

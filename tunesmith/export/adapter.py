@@ -23,7 +23,7 @@ from tunesmith.export.result import Check, Exported
 from tunesmith.export.source import Source
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.lora import adapter_state
-from tunesmith.training.build import DTYPES
+from tunesmith.training.dtypes import DTYPES
 
 _PEFT = """
 import sys

@@ -14,7 +14,7 @@ from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.nn.lora import adapter_layers
-from tunesmith.training.build import stream_model
+from tunesmith.training.load import stream_model
 from tunesmith.training.preflight import base_of_none
 
 

@@ -30,8 +30,9 @@ from tunesmith.nn.lora import adapters_off
 from tunesmith.nn.sequence_shards import SequenceShards
 from tunesmith.parallel.mesh import LOSS, Mesh
 from tunesmith.parallel.pipeline import forward
-from tunesmith.training.build import Source, build_frozen, find_model
+from tunesmith.training.build import build_frozen
 from tunesmith.training.preflight import check_reference
+from tunesmith.training.source import Source, find_model
 from tunesmith.training.step import own_batches
 
 REFERENCE = "reference"

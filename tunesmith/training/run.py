@@ -36,8 +36,9 @@ from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.fake_quantize import set_rounding
 from tunesmith.nn.lora import freeze_base
 from tunesmith.parallel.mesh import Mesh, Ranks
-from tunesmith.training.build import DTYPES, Source, check_weights, construct_frozen, construct_model, scheme_of
+from tunesmith.training.build import check_weights, construct_frozen, construct_model, scheme_of
 from tunesmith.training.convert import quantize_repository
+from tunesmith.training.dtypes import DTYPES
 from tunesmith.training.flops import forward_flops, training_flops
 from tunesmith.training.folder import environment
 from tunesmith.training.garbage import GarbageCollection
@@ -54,6 +55,7 @@ from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress, format_bytes
 from tunesmith.training.report import write_report
 from tunesmith.training.signals import stop_on_signal
+from tunesmith.training.source import Source
 from tunesmith.training.step import StepStats
 from tunesmith.training.watchdog import Watchdog
 
