@@ -10,6 +10,7 @@ import torch
 
 from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
+from tunesmith.checkpoint.adapter_config import brings_head
 from tunesmith.checkpoint.hf import load_weights, prepare_quantized, read_model_config, stated_dtype
 from tunesmith.checkpoint.load import stored_weights
 from tunesmith.checkpoint.streamed import stream_weights, weights_here
@@ -124,8 +125,8 @@ def _construct(
         peft.apply_adapter(model, adapter_folder, quantize_base="nf4" if quantize_base else None, dtype=torch.float32)
     elif quantize_base:
         quantize_linear_layers(model)
-    brings_head = adapter_folder is not None and peft.brings_head(adapter_folder)
-    return _Constructed(model, folder, adapter_folder, f"{model.head_name}." if brings_head else None)
+    has_head = adapter_folder is not None and brings_head(adapter_folder)
+    return _Constructed(model, folder, adapter_folder, f"{model.head_name}." if has_head else None)
 
 
 def _add_adapter(found: _Constructed, device: torch.device) -> None:

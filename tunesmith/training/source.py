@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import hub
-from tunesmith.checkpoint import adapter as peft
+from tunesmith.checkpoint.adapter_config import read_adapter_config
 from tunesmith.checkpoint.hf import read_model_config
 from tunesmith.errors import UserError
 from tunesmith.models import families
@@ -100,7 +100,7 @@ def describe_model(path: str) -> tuple[Family, DecoderConfig]:
 
 def base_of(adapter: Path, base: str | Path | None) -> Path:
     """The folder of the base of the adapter in a folder: `base`, or the one it names."""
-    name = str(base) if base is not None else peft.read_adapter_config(adapter).get("base_model_name_or_path")
+    name = str(base) if base is not None else read_adapter_config(adapter).get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter} doesn't name its base model: give it")
     return hub.resolve(name)
