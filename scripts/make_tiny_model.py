@@ -122,11 +122,11 @@ def pretrain(settings: list[str]) -> None:
 
 def export() -> None:
     """The newest checkpoint in bf16, as `tune run export` writes it, into the package."""
-    from tunesmith.checkpoint.resume import newest_checkpoint
+    from tunesmith.checkpoint.resume import find_newest
 
     shutil.rmtree(WORK / "model", ignore_errors=True)
     config = tunesmith.load_config(
-        "export", f"model={newest_checkpoint(WORK / 'run')}", f"output_dir={WORK / 'model'}", "dtype=bf16"
+        "export", f"model={find_newest(WORK / 'run')}", f"output_dir={WORK / 'model'}", "dtype=bf16"
     )
     tunesmith.run(config)
     start_afresh(ASSETS / "tiny")

@@ -17,6 +17,7 @@ from tunesmith.generation.sampling import Sampling
 from tunesmith.generation.writing import Writing, random_numbers
 from tunesmith.hub import read_json
 from tunesmith.models.decoder import CausalLM
+from tunesmith.nn import kv_cache, linear
 
 
 class Letters:
@@ -97,6 +98,14 @@ def test_greedy_equals_transformers_on_every_family_in_a_ragged_batch(case):
         assert completion.finish_reason == ("stop" if completion.ids[-1] == 2 else "length")
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen2", "gemma2", "llama dynamic beyond"])
+def test_greedy_equals_transformers_by_the_kernels_for_larger_models(case, monkeypatch):
+    """Packed matrices, and attention block by block: what a model of this size would not get."""
+    monkeypatch.setattr(linear, "_SMALL", 0)
+    monkeypatch.setattr(kv_cache, "_FEW_NUMBERS", 0)
+    test_greedy_equals_transformers_on_every_family_in_a_ragged_batch(case)
+
+
 @pytest.fixture(scope="module")
 def llama():
     return pair("llama")
@@ -146,7 +155,9 @@ def test_seeds(model):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_log_probabilities_are_the_models_own(model):
+@pytest.mark.parametrize("small", [1 << 16, 0], ids=["small", "as if large"])
+def test_log_probabilities_are_the_models_own(model, small, monkeypatch):
+    monkeypatch.setattr(linear, "_SMALL", small)
     prompts = prompts_of(6, 3)
     for options in (
         Sampling(max_new_tokens=9, log_probs=True),

@@ -5,7 +5,7 @@ import torch
 
 from tunesmith.nn.cached_attention import attend_cached
 from tunesmith.nn.config import DecoderConfig
-from tunesmith.nn.kv_cache import BlockPool, Chunk, KVCache, Pass, Steps, groups_of
+from tunesmith.nn.kv_cache import BlockPool, Chunk, KVCache, Pass, Rows, Steps, blocks_of, groups_of
 
 K = 4
 
@@ -48,6 +48,7 @@ def fill(pool, table, keys, values):
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("ways", [groups_of, blocks_of], ids=["by block", "by row"])
 @pytest.mark.parametrize(
     "tables, low",
     [
@@ -59,7 +60,7 @@ def fill(pool, table, keys, values):
         ([[3, 30, 12]], None),  # one alone, far apart
     ],
 )
-def test_steps_and_chunks_are_the_definition(window, softcap, heads, tokens, tables, low):
+def test_steps_and_chunks_are_the_definition(window, softcap, heads, tokens, ways, tables, low):
     generator = torch.Generator().manual_seed(len(tables) + tokens)
 
     def drawn(*shape):
@@ -96,7 +97,7 @@ def test_steps_and_chunks_are_the_definition(window, softcap, heads, tokens, tab
         pool.slots(torch.tensor(blocks), places.clamp(min=0) % 4),
         None,
         [
-            Steps(0, line, len(tables), tokens, groups_of(tables, pool, low), positions, 4),
+            Steps(0, line, len(tables), tokens, ways(tables, pool, low), positions, 4),
             Chunk(line, line + 4, 5, torch.tensor(pool_tables[-2])),
             Chunk(line + 4, line + 10, 0, torch.tensor(pool_tables[-1])),
         ],
@@ -142,6 +143,14 @@ def test_groups_go_through_neighbours_in_place_and_keep_ends_apart():
     assert shared.blocks == slice(30, 31) and shared.owners.tolist() == [0, 1, 2, 3]
     (apart,) = groups_of([[0], [39]], pool)
     assert isinstance(apart.blocks, torch.Tensor) and apart.blocks.tolist() == [0, 39]
+
+
+def test_only_few_blocks_are_copied_into_rows():
+    pool = BlockPool(config(), 2000, block_size=32)
+    most = (1 << 18) // (32 * pool.keys[0].shape[1] * K)  # blocks whose keys are 2 ** 18 numbers
+    tables = [list(range(most // 2)), [most]]
+    assert isinstance(blocks_of(tables, pool), Rows)
+    assert isinstance(blocks_of([*tables, [0]], pool), list)
 
 
 def test_half_precision_is_kept_wide_on_the_cpu():

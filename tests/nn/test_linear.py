@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.models.conftest import relative_error
-from tunesmith.nn.linear import Linear
+from tunesmith.nn import linear as linear_module
+from tunesmith.nn.linear import Linear, packed
+
+SIZES = {"outputs in bands": (264, 256), "outputs not in bands": (265, 255), "small": (15, 7)}
 
 
-@pytest.fixture(params=[(24, 16), (15, 7)], ids=["outputs in bands", "outputs not in bands"])
+@pytest.fixture(params=SIZES.values(), ids=SIZES)
 def layer(request):
     outputs, inputs = request.param
     return Linear(inputs, outputs)
@@ -40,6 +43,38 @@ def test_outside_of_inference_mode_it_is_the_kernel_of_training(layer, dtype):
     x = torch.randn(1, 1, layer.in_features, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 8, 100])
+def test_a_packed_matrix_gives_the_same_sums(layer, dtype, rows):
+    layer, x = layer.to(dtype), torch.randn(2, rows, layer.in_features).to(dtype)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with torch.inference_mode(), packed([layer.weight]):
+        assert hasattr(layer.weight, linear_module._PACKED) == (layer.weight.numel() > 1 << 16)
+        y = layer(x)
+    assert y.dtype == dtype and relative_error(y, expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+def test_a_matrix_is_packed_only_meanwhile_and_once():
+    layer, x = Linear(256, 264), torch.randn(2, 256)
+    with torch.inference_mode(), packed([layer.weight]):
+        with packed([layer.weight]):
+            layer(x)
+        assert hasattr(layer.weight, linear_module._PACKED)
+    assert not hasattr(layer.weight, linear_module._PACKED)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with torch.inference_mode():
+        assert relative_error(layer(x), F.linear(x, layer.weight, layer.bias)) < 1e-6
+
+
+def test_what_is_larger_than_the_limit_is_not_held_twice(monkeypatch):
+    monkeypatch.setattr(linear_module, "_MOST_BYTES", 2 * 264 * 256 * 4)
+    layers = [Linear(256, 264) for _ in range(3)]
+    for count, is_packed in ((2, True), (3, False)):
+        with torch.inference_mode(), packed([layer.weight for layer in layers[:count]]):
+            assert all(hasattr(layer.weight, linear_module._PACKED) == is_packed for layer in layers[:count])
 
 
 def _without_bias(layer: Linear) -> Linear:

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.generation.blocks import Blocks
 from tunesmith.generation.compiled import CompiledSteps
 from tunesmith.models.decoder import CausalLM
-from tunesmith.nn.kv_cache import BLOCK_SIZE, BlockPool, Chunk, Group, Pass, Steps, groups_of
+from tunesmith.nn.head import Head
+from tunesmith.nn.kv_cache import BLOCK_SIZE, BlockPool, Chunk, Group, Pass, Rows, Steps, blocks_of, groups_of
+from tunesmith.nn.linear import packed
 from tunesmith.nn.part import let_go
 
 _FEW = 48
@@ -49,17 +51,26 @@ class Memory:
 
 @contextlib.contextmanager
 def generating(model: CausalLM) -> Iterator[None]:
-    """Without gradients and dropout, and afterwards as it was."""
+    """Without gradients and dropout, and afterwards as it was. Its weights must not change meanwhile."""
     was_training = model.training
     model.eval()
     # What `fully_shard` gathers into must not become inference tensors: training could not use them again.
     is_sharded = any(hasattr(module, "unshard") for module in model.modules())
     try:
-        with torch.no_grad() if is_sharded else torch.inference_mode():
+        with torch.no_grad() if is_sharded else torch.inference_mode(), packed(_matrices(model)):
             yield
     finally:
         let_go(model)
         model.train(was_training)
+
+
+def _matrices(model: CausalLM) -> Iterator[Tensor]:
+    """Weights (O, I) of its layers and its head, as far as they are held in full."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Head)) and "weight" in module._parameters:
+            yield module.weight
+        elif isinstance(module, Head) and module.tied_to is not None:
+            yield module.tied_to.weight
 
 
 class Reader:
@@ -78,7 +89,7 @@ class Reader:
         self.blocks = Blocks(self.pool.num_blocks, self.pool.block_size, shares)
         self._apart_from = self.pool.num_blocks // 2 if shares else None
         self._compiled = None if compile_for is None else CompiledSteps(model, self.pool, compile_for)
-        self._plan: tuple[list[tuple[int, ...]], list[Group]] = ([], [])
+        self._plan: tuple[list[tuple[int, ...]], Rows | list[Group]] = ([], [])
 
     def begin(self, memory: Memory, shared: bool = False) -> None:
         """Take what is known of its beginning."""
@@ -143,10 +154,10 @@ class Reader:
         where, places = numbers[1], numbers[1] % size
         parts: list[Steps | Chunk] = []
         if ones:
-            groups = self._groups([entries[index][0] for index in ones])
-            if self._compiled is not None and len(ones) == len(line) and self._compiled.fits(groups):
-                return self._in_order(self._compiled.read(numbers[0], where, numbers[2], places, groups), entries, line)
-            parts.append(Steps(0, len(ones), len(ones), 1, groups, where[: len(ones), None], size))
+            ways = self._blocks([entries[index][0] for index in ones])
+            if self._compiled and isinstance(ways, list) and len(ones) == len(line) and self._compiled.fits(ways):
+                return self._in_order(self._compiled.read(numbers[0], where, numbers[2], places, ways), entries, line)
+            parts.append(Steps(0, len(ones), len(ones), 1, ways, where[: len(ones), None], size))
         if few:
             parts.append(self._rectangle([entries[index] for index in few], len(ones)))
         for index in many:
@@ -169,12 +180,14 @@ class Reader:
         rows = [starts[index] + place for index, (_, new) in enumerate(entries) for place in range(len(new))]
         return hidden[torch.tensor(rows, device=self.device)]
 
-    def _groups(self, memories: list[Memory]) -> list[Group]:
+    def _blocks(self, memories: list[Memory]) -> Rows | list[Group]:
         """How to go through their blocks for one token more; made anew only when one has another list of them."""
         tables = [tuple(memory.table[: self.needed(memory.read + 1)]) for memory in memories]
         if self._plan[0] != tables:
-            room = None if self._compiled is None else self._compiled.batch_size
-            self._plan = tables, groups_of(tables, self.pool, self._apart_from, room)
+            if self._compiled is None:
+                self._plan = tables, blocks_of(tables, self.pool, self._apart_from)
+            else:
+                self._plan = tables, groups_of(tables, self.pool, self._apart_from, self._compiled.batch_size)
         return self._plan[1]
 
     def _rectangle(self, entries: list[tuple[Memory, Sequence[int]]], start: int) -> Steps:
@@ -186,10 +199,10 @@ class Reader:
         for row, (memory, new) in enumerate(entries):
             positions[row, : len(new)] = torch.arange(memory.read, memory.read + len(new))
             places += range(row * most, row * most + len(new))
-        groups = groups_of(tables, self.pool, self._apart_from)
+        ways = blocks_of(tables, self.pool, self._apart_from)
         shape = (start, start + len(places), len(entries), most)
         where = torch.tensor(places, device=self.device)
-        return Steps(*shape, groups, positions.to(self.device), size, where)
+        return Steps(*shape, ways, positions.to(self.device), size, where)
 
     def _kind(self, memory: Memory) -> tuple[int, ...]:
         return self.model.length_class(len(memory.ids))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.nn.kernels import causal_mask, kernel
-from tunesmith.nn.kv_cache import BlockPool, Chunk, Pass, Steps
+from tunesmith.nn.kv_cache import BlockPool, Chunk, Group, Pass, Rows, Steps
 
 
 def attend_cached(
@@ -67,14 +67,33 @@ def _steps(
     q: Tensor, steps: Steps, pool: BlockPool, layer: int, window: int | None, scale: float, softcap: float | None
 ) -> Tensor:
     """A few tokens of each of many sequences: q (L, H, K) -> (L, H, K)."""
-    if steps.places is None:
-        return _by_block(q, steps, pool, layer, window, scale, softcap)
-    rectangle = q.new_zeros(steps.rows * steps.tokens, *q.shape[1:]).index_copy_(0, steps.places, q)
-    return _by_block(rectangle, steps, pool, layer, window, scale, softcap).index_select(0, steps.places)
+    rectangle = q
+    if steps.places is not None:
+        rectangle = q.new_zeros(steps.rows * steps.tokens, *q.shape[1:]).index_copy_(0, steps.places, q)
+    if isinstance(steps.blocks, Rows):
+        y = _by_row(rectangle, steps, steps.blocks, pool, layer, window, scale, softcap)
+    else:
+        y = _by_block(rectangle, steps, steps.blocks, pool, layer, window, scale, softcap)
+    return y if steps.places is None else y.index_select(0, steps.places)
+
+
+def _by_row(
+    q: Tensor, steps: Steps, rows: Rows, pool: BlockPool, layer: int, window: int | None, scale: float, softcap
+) -> Tensor:
+    """T tokens of each of B sequences, whose blocks are copied side by side: q (B * T, H, K) -> (B * T, H, K).
+
+    The heads that share keys, and the tokens, are all queries of one head: no key is repeated.
+    """
+    keys, values = pool.of_rows(layer, rows)
+    queries = q.view(steps.rows, steps.tokens, keys.shape[1], -1, q.shape[-1]).transpose(1, 2)  # (B, G, T, R, K)
+    mask = steps.row_mask(rows, window, queries.shape[3], keys.dtype)
+    seen = mask if softcap is None else mask == 0
+    y = kernel(queries.flatten(2, 3).to(keys.dtype), keys, values, seen, False, scale, softcap)
+    return y.view(queries.shape).transpose(1, 2).reshape(q.shape).to(q.dtype)
 
 
 def _by_block(
-    q: Tensor, steps: Steps, pool: BlockPool, layer: int, window: int | None, scale: float, softcap: float | None
+    q: Tensor, steps: Steps, groups: list[Group], pool: BlockPool, layer: int, window: int | None, scale: float, softcap
 ) -> Tensor:
     """T tokens of each of B sequences: q (B * T, H, K) -> (B * T, H, K).
 
@@ -83,8 +102,9 @@ def _by_block(
     """
     keys, values = pool.keys[layer], pool.values[layer]
     batch, tokens, grouped = steps.rows, steps.tokens, keys.shape[1]
-    if batch == len(steps.groups) == 1 and softcap is None:
-        (group,), (mask,) = steps.groups, steps.masks(window)
+    masks = steps.group_masks(groups, window)
+    if batch == len(groups) == 1 and softcap is None:
+        (group,), (mask,) = groups, masks
         return _alone(q * scale, keys[group.blocks], values[group.blocks], mask)
     queries = (q.view(batch, tokens, grouped, -1, q.shape[-1]).permute(0, 2, 3, 1, 4) * scale).to(keys.dtype)
     shape = queries.shape[1:-1]  # G, R, T
@@ -92,7 +112,7 @@ def _by_block(
     queries = torch.cat([queries, nobody])
     largest = torch.full((batch + 1, *shape), torch.finfo(torch.float32).min, device=q.device)
     scores = []
-    for group, mask in zip(steps.groups, steps.masks(window)):
+    for group, mask in zip(groups, masks):
         owned = queries.index_select(0, group.owners).unflatten(0, (-1, group.owners_per_block)).transpose(1, 2)
         some = owned.flatten(2, 4) @ keys[group.blocks].transpose(-1, -2)  # (n, G, M * R * T, S)
         some = some.float().view(*some.shape[:2], group.owners_per_block, *shape[1:], -1)
@@ -103,7 +123,7 @@ def _by_block(
         tops = some.amax(-1).transpose(1, 2).flatten(0, 1)  # (n * M, G, R, T)
         largest.scatter_reduce_(0, group.owners[:, None, None, None].expand_as(tops), tops, "amax")
     total, output = torch.zeros_like(largest), torch.zeros(*largest.shape, q.shape[-1], device=q.device)
-    for group, some in zip(steps.groups, scores):
+    for group, some in zip(groups, scores):
         owned = largest.index_select(0, group.owners).unflatten(0, (-1, group.owners_per_block)).transpose(1, 2)
         some.sub_(owned[..., None]).exp_()
         total.index_add_(0, group.owners, some.sum(-1).transpose(1, 2).flatten(0, 1))

@@ -5,6 +5,9 @@ O outputs, I inputs.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,17 +24,54 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (…, I), weight (O, I), bias (O,) -> (…, O).
 
-    In inference mode, float32 on a CPU takes other kernels for the same sums (the order of summation differs, so equal to
-    about 1e-6). F.linear calls MKL there, whose product of a matrix and one row runs on one thread, and takes 1.3 to 2
+    In inference mode, a CPU takes other kernels for the same sums (the order of summation differs, so float32 is equal to
+    about 1e-6). F.linear calls MKL for float32, whose product of a matrix and one row runs on one thread, and takes 1.3 to 2
     times as long on an AMD processor as its products of a batch; for more rows oneDNN is as fast for small matrices and up
-    to 3 times as fast for large ones.
+    to 3 times as fast for large ones, and twice as fast again for a few rows where the matrix is `packed`.
     Only in inference mode, so that training, and whatever is compared with it to the last digit, stays with one kernel.
     """
     if not _takes_other_kernels(x, weight):
         return F.linear(x, weight, bias)
-    if x.numel() == x.shape[-1] and weight.shape[0] % _BANDS == 0:
+    if x.dtype == torch.float32 and x.numel() == x.shape[-1] and weight.shape[0] % _BANDS == 0:
         return _one_row(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, getattr(weight, _PACKED, weight), bias, "none", [], "")
+
+
+_SMALL = 1 << 16
+"""Numbers of a matrix up to which F.linear is quickest: a call of oneDNN costs 12 microseconds more."""
+_PACKED = "packed_for_onednn"
+_MOST_BYTES = 1 << 30
+"""Of copies: those of a larger model would take memory that it needs, and more time than a short answer."""
+
+
+@contextlib.contextmanager
+def packed(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Hold matrices (O, I) a second time, laid out as oneDNN's kernels on a CPU take them, for `linear` in inference mode.
+
+    Else it lays them out anew for every product, which takes as long as the product with a few rows itself. Meanwhile they must
+    not change. Nothing is held of small and other tensors, and where all copies would take more than 1 GiB.
+    """
+    chosen = [one for one in weights if _can_be_packed(one) and not hasattr(one, _PACKED)]
+    if sum(one.nbytes for one in chosen) > _MOST_BYTES:
+        chosen = []
+    for one in chosen:
+        setattr(one, _PACKED, torch.ops.mkldnn._reorder_linear_weight(one.detach()))
+    try:
+        yield
+    finally:
+        for one in chosen:
+            delattr(one, _PACKED)
+
+
+def _can_be_packed(weight: Tensor) -> bool:
+    return (
+        weight.numel() > _SMALL
+        and weight.is_cpu
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and type(weight) is nn.Parameter  # a tensor that is sharded or quantized knows F.linear only
+        and weight.is_contiguous()
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 _BANDS = 8
@@ -48,12 +88,12 @@ def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _takes_other_kernels(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()  # first: a compiler cannot trace the next question
+        weight.numel() > _SMALL  # first, since such matrices are many
+        and not torch.compiler.is_compiling()  # a compiler cannot trace the next question
         and torch.is_inference_mode_enabled()
+        and x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or hasattr(weight, _PACKED))  # F.linear takes oneDNN for bf16 itself
         and x.is_cpu
-        and x.dtype == weight.dtype == torch.float32
-        and type(weight) is nn.Parameter  # a tensor that is sharded or quantized knows F.linear only
-        and weight.is_contiguous()
-        and torch.backends.mkldnn.is_available()
+        and _can_be_packed(weight)
         and not torch.is_autocast_enabled("cpu")
     )
