@@ -117,11 +117,15 @@ def _section(group: Group, losses: Losses) -> str:
 
 
 def _row(group: Group, name: str, losses: Losses) -> str:
-    last = f"{losses[name][-1]:.5f}"
-    if group.against(name) == name:
+    last, other = f"{losses[name][-1]:.5f}", group.against(name)
+    if other == name:
         return f"| **{name}** | | {last} | | |"
     apart = group.apart(name, losses)
-    return f"| {name} | {group.against(name)} | {last} | {max(apart[:10]):.1e} | {max(apart):.1e} |"
+    return f"| {name} | {other.partition(':')[0]} | {last} | {_distance(max(apart[:10]))} | {_distance(max(apart))} |"
+
+
+def _distance(value: float) -> str:
+    return f"{value:.1e}" if value else "equal"
 
 
 def _verdict(group: Group, losses: Losses) -> str:
