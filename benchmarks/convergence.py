@@ -86,7 +86,6 @@ FROM_SCRATCH = Group(
         "compile": Run(1, "compile=true"),
         "bf16 over fp32 weights": Run(1, "dtype=bf16 param_dtype=fp32", rounded=True),
         "bf16": Run(1, "dtype=bf16", rounded=True),
-        "fp16 over fp32 weights": Run(1, "dtype=fp16", rounded=True),
         "8-bit AdamW": Run(1, "optimizer.type=adamw_8bit", rounded=True),
         "QAT, 8-bit inputs and 4-bit weights": Run(1, "+qat", rounded=True),
         "dp2 (FSDP)": Run(2),
@@ -123,7 +122,8 @@ IN_BACKWARD = Group(
 ADAPTERS = Group(
     "Adapters, on the model that the plain run from scratch ends with",
     "Training goes on from there with another seed, hence other rows of the text; AdamW at 2e-3 (full weights: 1e-3), adapters of "
-    "rank 16 on every linear layer. LoRA, DoRA and QLoRA are methods of their own, each compared with itself on one process.",
+    "rank 16 on every linear layer. LoRA, DoRA and QLoRA are methods of their own, each compared with itself on one process; rows differ "
+    "more from each other than the methods do, so the model's loss on them without training is shown too.",
     "from_scratch=false seed=4321 optimizer.lr=2e-3 lr_scheduler.type=cosine lr_scheduler.num_warmup_steps=10 clip_grad_norm=1.0",
     40,
     {
@@ -139,6 +139,7 @@ ADAPTERS = Group(
         "QLoRA on dp2": Run(2, "+qlora", "QLoRA"),
         "QLoRA on tp2": Run(2, "+qlora tensor_parallel_dim=2", "QLoRA"),
         "full weights": Run(1, "optimizer.lr=1e-3", "full weights"),
+        "untrained: rate 0": Run(1, "optimizer.lr=0", "untrained: rate 0"),
     },
     continues=True,
 )

@@ -27,7 +27,7 @@ def draw(found: dict[str, Any], groups: Sequence[Group], path: Path) -> None:
     figure = pyplot.figure(figsize=(13, sum(heights)), layout="constrained")
     rows = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     for row, group in zip(rows, groups):
-        row.suptitle(f"{group.title}: {group.steps} steps", fontsize=12, fontweight="bold")
+        row.suptitle(f"{group.title}, {group.steps} steps", fontsize=12, fontweight="bold")
         curves, distances = row.subplots(1, 2, width_ratios=[5, 4])
         _draw_curves(curves, group, found["runs"])
         _draw_distances(row, distances, group, found["runs"])
@@ -41,7 +41,7 @@ def _compared(group: Group, losses: Losses) -> list[str]:
 
 def _draw_curves(axes: Any, group: Group, losses: Losses) -> None:
     """Plain runs as wide lines, what must equal them dashed on top, what is rounded otherwise as thin lines."""
-    colors = iter(("#bbbbbb", "#8ecae6", "#ffb703", "#90be6d"))
+    styles = iter([("#bbbbbb", 6), ("#8ecae6", 4.5), ("#ffb703", 3), ("#90be6d", 2.5), ("#c77dff", 1.5)])
     kinds: dict[str, int] = {}
     for name, run in group.runs.items():
         if name not in losses:
@@ -49,7 +49,8 @@ def _draw_curves(axes: Any, group: Group, losses: Losses) -> None:
         style: dict[str, Any] = {"color": "black", "linewidth": 0.9, "linestyle": (0, (4, 4)), "zorder": 3}
         kind = "other order of sums"
         if group.against(name) == name:
-            style, kind = {"color": next(colors), "linewidth": 5, "zorder": 1}, name
+            color, width = next(styles)
+            style, kind = {"color": color, "linewidth": width, "zorder": 1}, name
         elif run.rounded:
             style, kind = {"color": "#d1495b", "linewidth": 0.9, "zorder": 2}, "rounded otherwise"
         axes.plot(range(1, len(losses[name]) + 1), losses[name], label=None if kind in kinds else kind, **style)
@@ -95,7 +96,7 @@ Left: the loss of every step. Right: how far each run is from its plain one at t
 {"".join(_section(group, found["runs"]) for group in groups if _compared(group, found["runs"]))}## Made by
 
 `python benchmarks/convergence.py PATH/TO/{found["text"]}` makes this page again; on {found["machine"]["cores"]} quiet cores a run takes about two minutes.
-Left out: activation offloading, which moves nothing on a CPU, where all of this was measured.
+Left out: activation offloading, which moves nothing on a CPU, where all of this was measured, and fp16, whose products take a CPU a minute a step.
 {found["date"]}; {found["machine"]["processor"]}; {versions}. Every loss is in `benchmarks/results/convergence.json`.
 """)
 
@@ -147,4 +148,8 @@ def _verdict(group: Group, losses: Losses) -> str:
             f"Where numbers are rounded otherwise ({len(rounded)} runs), curves part by that rounding, by {rounded[worst]:.1e} at "
             f"most ({worst}), and stay together."
         )
+    plain = [name for name in group.runs if name in losses and group.against(name) == name]
+    if len(plain) > 1:
+        means = (f"{name} {sum(losses[name][-10:]) / 10:.3f}" for name in plain)
+        sentences.append(f"Mean loss of the last 10 steps: {', '.join(means)}.")
     return "\n".join(sentences)
