@@ -184,25 +184,25 @@ class Work:
     def __init__(self, folder: Path, text: Path):
         self.folder, self.text = folder, text
         self.start, self.base = folder / "model", folder / "base"
+        folder.mkdir(parents=True, exist_ok=True)
         if not self.start.exists():
             write_model(self.start, text)
 
     def losses(self, group: Group, name: str, known: Losses) -> list[float]:
-        """The loss of every step of a run; the base of those that continue is trained where it is not there."""
+        """The loss of every step of a run; the plain run leaves the base, and is made again where one that continues lacks it."""
         if group.continues and not self.base.exists():
-            self._make_base(known)
-        if name == PLAIN:
-            return self._train(FROM_SCRATCH, PLAIN, self.base)
+            self.losses(FROM_SCRATCH, PLAIN, known)
         output = Path(tempfile.mkdtemp(dir=self.folder)) / "run"
-        return self._train(group, name, output)
-
-    def _make_base(self, known: Losses) -> None:
-        again = self._train(FROM_SCRATCH, PLAIN, self.base)
-        if again != known[PLAIN]:
-            raise SystemExit(
-                f"the plain run ends with the loss {again[-1]}, and with {known[PLAIN][-1]} in {RESULTS.name}: that is of another "
-                "machine or version; remove it to start anew"
-            )
+        losses = self._train(group, name, output)
+        if name == PLAIN:
+            if known.get(PLAIN, losses) != losses:
+                raise SystemExit(
+                    f"the plain run ends with the loss {losses[-1]}, and with {known[PLAIN][-1]} in {RESULTS.name}: that is of "
+                    "another machine or version; remove it to start anew"
+                )
+            if not self.base.exists():
+                output.rename(self.base)
+        return losses
 
     def _train(self, group: Group, name: str, output: Path) -> list[float]:
         run = group.runs[name]
@@ -233,7 +233,7 @@ def write_model(folder: Path, text: Path) -> None:
         vocab_size=4096, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
     backend.train([str(text)], trainer)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))

@@ -56,7 +56,8 @@ def _draw_curves(axes: Any, group: Group, losses: Losses) -> None:
         axes.plot(range(1, len(losses[name]) + 1), losses[name], label=None if kind in kinds else kind, **style)
         kinds[kind] = kinds.get(kind, 0) + 1
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, [f"{one} ({kinds[one]} runs)" if kinds[one] > 1 else one for one in labels])
+    labels = [f"{one} ({kinds[one]} runs)" if kinds[one] > 1 else one for one in labels]
+    axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9, frameon=False)
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
 
