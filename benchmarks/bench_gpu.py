@@ -71,9 +71,9 @@ def train(words: list[str], steps: int) -> None:
     from tunesmith.data.tokenizer import load_tokenizer
     from tunesmith.parallel.device import device_name, peak_memory_gib, pick_device, reset_peak_memory, synchronize
     from tunesmith.parallel.mesh import start_mesh
-    from tunesmith.training.build import find_model
     from tunesmith.training.flops import peak_tflops, training_flops
     from tunesmith.training.optim import build_optimizer
+    from tunesmith.training.source import find_model
     from tunesmith.training.step import train_step
 
     lora = [word for word in words if word.startswith("weights.")]
@@ -115,12 +115,12 @@ def random_model(config, source, mesh):
     """As training.build.build_model makes it, with numbers from the device's own generator: drawing 8B on the CPU takes minutes."""
     import torch
 
-    from tunesmith.configs.shared import LoRAWeights
+    from tunesmith.configs.weights import LoRAWeights
     from tunesmith.models.decoder import build
     from tunesmith.nn.lora import apply_lora, freeze_base, reset_adapters
     from tunesmith.nn.quantize import NF4Linear
     from tunesmith.parallel.parallelize import parallelize
-    from tunesmith.training.build import DTYPES, default_dtype
+    from tunesmith.training.dtypes import DTYPES, default_dtype
 
     weights = config.weights if isinstance(config.weights, LoRAWeights) else None
     with torch.device("meta"), default_dtype(DTYPES[config.dtype]):

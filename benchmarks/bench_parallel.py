@@ -104,8 +104,9 @@ def save_and_load(model: str, folder: str) -> None:
     from tunesmith.configs.shared import TrainSettings
     from tunesmith.data.tokenizer import find_tokenizer
     from tunesmith.parallel.mesh import start_mesh
-    from tunesmith.training.build import build_model, find_model
+    from tunesmith.training.build import build_model
     from tunesmith.training.optim import build_optimizer
+    from tunesmith.training.source import find_model
 
     config = TrainSettings(dtype="fp32", device="cpu")
     mesh = start_mesh(torch.device("cpu"), Layout.of(config))
@@ -209,7 +210,7 @@ def load(model: str, kind: str) -> None:
         from tunesmith.nn.part import local_tensor
         from tunesmith.parallel.mesh import start_mesh
         from tunesmith.parallel.parallelize import parallelize
-        from tunesmith.training.build import default_dtype
+        from tunesmith.training.dtypes import default_dtype
 
         config = TrainSettings(tensor_parallel_dim=2 if kind == "tensor parallel" else 1)
         mesh = start_mesh(torch.device("cpu"), Layout.of(config))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_model": "tunesmith.training.build",
+    "load_model": "tunesmith.training.load",
     "save_model": "tunesmith.checkpoint.hf",
     "load_tokenizer": "tunesmith.data.tokenizer",
     "generate": "tunesmith.generation.completions",
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tunesmith.data.tokenizer import load_tokenizer
     from tunesmith.errors import ConfigError, UserError
     from tunesmith.generation.completions import generate
-    from tunesmith.training.build import load_model
+    from tunesmith.training.load import load_model
 
 __all__ = [
     "ConfigError",

@@ -16,9 +16,9 @@ from tunesmith.checkpoint.adapter import (
     check_changes_something,
     check_saved_adapter,
     load_adapter,
-    read_adapter_config,
     save_adapter,
 )
+from tunesmith.checkpoint.adapter_config import lora_options, read_adapter_config
 from tunesmith.checkpoint.check import probe_ids, probe_logits
 from tunesmith.checkpoint.hf import load_weights, verify
 from tunesmith.errors import UserError
@@ -285,7 +285,7 @@ def test_an_embedding_of_its_own_is_refused(base, saved):
 
 
 def test_options_of_a_config(saved):
-    options = adapter.lora_options(read_adapter_config(saved))
+    options = lora_options(read_adapter_config(saved))
     assert options["rank"] == 4 and options["target_modules"] == ["down_proj", "q_proj"] and not options["use_dora"]
 
 

@@ -15,7 +15,7 @@ from tests.checkpoint.test_meta import interleave, make_model
 from tunesmith.checkpoint import dcp
 from tunesmith.checkpoint.check import probe_ids
 from tunesmith.errors import UserError
-from tunesmith.training.build import load_model
+from tunesmith.training.load import load_model
 
 NAMES = {
     "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3",

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from tunesmith.checkpoint import hf, tensor_files
 from tunesmith.checkpoint.check import probe_ids, probe_logits
 from tunesmith.checkpoint.hf import check_saved, load_weights, save_model, save_weights, verify, write_repository
+from tunesmith.checkpoint.write import write_tensors
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import build
 from tunesmith.nn.lora import adapter_layers, adapter_state, apply_lora, merge_lora, reset_adapters
@@ -406,7 +407,7 @@ def test_full_disk(tmp_path, repository, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tensor_files.os, "fsync", full)
+    monkeypatch.setattr("tunesmith.checkpoint.write.os.fsync", full)
     with pytest.raises(UserError, match="No space left for .*; nothing saved before is lost"):
         save_model(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -427,7 +428,7 @@ def test_files_are_what_safetensors_reads(tmp_path):
         "i": torch.arange(7),
         "é": torch.randn(4, 3).T,
     }
-    tensor_files.write_tensors(tensors, tmp_path, "x")
+    write_tensors(tensors, tmp_path, "x")
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     stored = tensor_files.read_tensor_file(tmp_path / "x.safetensors")

@@ -17,20 +17,20 @@ def whole(name: int) -> torch.Tensor:
 
 def write_parts(folder, max_shard_size, fails_on=None):
     """Tensors cut by rows, by columns, in two ranges, held by all, by one, and empty on one rank; {file: sha256}, and what this rank wrote."""
-    from tunesmith.checkpoint import tensor_files
-    from tunesmith.checkpoint.tensor_files import Outgoing, write_tensors
+    from tunesmith.checkpoint import write
+    from tunesmith.checkpoint.write import Outgoing, write_tensors
     from tunesmith.nn.part import Part
     from tunesmith.parallel.mesh import start_mesh
 
     mesh = start_mesh(torch.device("cpu"))
     rank = mesh.rank
-    tensor_files._SMALLEST_SHARED_SHARD = 100  # bytes; in this process alone
+    write._SMALLEST_SHARED_SHARD = 100  # bytes; in this process alone
     if fails_on == rank:
 
         def full(descriptor):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        tensor_files.os.fsync = full  # in this process alone
+        write.os.fsync = full  # in this process alone
 
     def outgoing(name, part, speaks=True):
         tensor = whole(name)

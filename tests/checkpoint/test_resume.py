@@ -42,7 +42,7 @@ def resume_and_record(words, folder):
     from tunesmith.checkpoint import check, resume
     from tunesmith.config import load_config
     from tunesmith.errors import UserError
-    from tunesmith.training.run import start_run
+    from tunesmith.training.start import start_run
 
     read, verify = [], check.verify
     resume.verify = lambda folder, digests: (read.extend(digests), verify(folder, digests))  # in this process alone

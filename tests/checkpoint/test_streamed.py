@@ -8,7 +8,7 @@ from tunesmith.checkpoint.check import probe_logits
 from tunesmith.checkpoint.hf import outgoing_weights, save_model
 from tunesmith.checkpoint.streamed import weights_here
 from tunesmith.nn.lora import adapters_off
-from tunesmith.training.build import load_model, stream_model
+from tunesmith.training.load import load_model, stream_model
 
 
 def in_files(model) -> set[str]:

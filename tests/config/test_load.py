@@ -6,8 +6,11 @@ import pytest
 
 from tunesmith.config import ConfigError, dump, load, load_config, recipe_name
 from tunesmith.configs.generate import Prompt
+from tunesmith.configs.loggers import ThirdPartyLogger
+from tunesmith.configs.optimizers import SGD, AdamW, ThirdPartyOptimizer
 from tunesmith.configs.recipes import RECIPES, overlays
-from tunesmith.configs.shared import SGD, AdamW, Cosine, FullWeights, LoRAWeights, ThirdPartyLogger, ThirdPartyOptimizer
+from tunesmith.configs.schedule import Cosine
+from tunesmith.configs.weights import FullWeights, LoRAWeights
 from tunesmith.errors import UserError
 
 NEEDED = ["model=some/model", "dataset.source=chats.jsonl"]

@@ -4,7 +4,9 @@ import pytest
 
 from tunesmith.configs.data import ChatData
 from tunesmith.configs.export import Export
-from tunesmith.configs.shared import AdamW, Cosine, LoRAWeights
+from tunesmith.configs.optimizers import AdamW
+from tunesmith.configs.schedule import Cosine
+from tunesmith.configs.weights import LoRAWeights
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,11 @@ import pytest
 
 from tunesmith.config import load, load_config
 from tunesmith.configs import torchtune_methods, torchtune_names
+from tunesmith.configs.loggers import TensorBoard, WandB
+from tunesmith.configs.optimizers import SGD, AdamW, ThirdPartyOptimizer
 from tunesmith.configs.quantize import SchemeConfig
-from tunesmith.configs.shared import (
-    SGD,
-    AdamW,
-    Constant,
-    Cosine,
-    FullWeights,
-    LoRAWeights,
-    TensorBoard,
-    ThirdPartyOptimizer,
-    WandB,
-)
+from tunesmith.configs.schedule import Constant, Cosine
+from tunesmith.configs.weights import FullWeights, LoRAWeights
 from tunesmith.errors import UserError
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

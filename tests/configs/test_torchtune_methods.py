@@ -8,9 +8,11 @@ from tunesmith.config import load, load_config
 from tunesmith.configs import torchtune_methods
 from tunesmith.configs.data import ChatData, PreferenceData
 from tunesmith.configs.distill import ForwardKL, ReverseKL, SymmetricKL, Teacher
+from tunesmith.configs.optimizers import AdamW
 from tunesmith.configs.preference import DPO, Hinge, Reference
-from tunesmith.configs.shared import QAT, AdamW, Constant, Cosine, FullWeights, LoRAWeights
+from tunesmith.configs.schedule import Constant, Cosine
 from tunesmith.configs.torchtune_names import MODELS
+from tunesmith.configs.weights import QAT, FullWeights, LoRAWeights
 from tunesmith.errors import UserError
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -7,7 +7,7 @@ import pytest
 from tunesmith.configs.evaluate import Evaluate
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import UserError
-from tunesmith.training.build import load_model
+from tunesmith.training.load import load_model
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the harness

@@ -5,7 +5,7 @@ import pytest
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.eval.perplexity import perplexity
 from tunesmith.eval.texts import score_file
-from tunesmith.training.build import load_model
+from tunesmith.training.load import load_model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tunesmith.configs.export import Export
 from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.recipes import export
-from tunesmith.training.build import load_model
+from tunesmith.training.load import load_model
 
 FAMILIES = (
     "llama", "mistral window", "qwen2 tied windows", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3 partial tied", "olmo2",

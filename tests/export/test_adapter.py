@@ -13,7 +13,7 @@ from tests.export.conftest import repository, run
 from tests.recipes.test_export import make_adapter
 from tunesmith.errors import UserError
 from tunesmith.export import adapter
-from tunesmith.training.build import load_model
+from tunesmith.training.load import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.tensor([[1, 70, 33, 80, 5, 9, 200]])

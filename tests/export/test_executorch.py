@@ -10,7 +10,7 @@ from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import UserError
 from tunesmith.export.quiet import quietly
 from tunesmith.nn.scheme import Scheme
-from tunesmith.training.build import load_model
+from tunesmith.training.load import load_model
 
 runtime = pytest.importorskip("executorch.runtime")
 ROOM = {"max_length": 32, "max_chunk": 8}

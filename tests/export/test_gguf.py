@@ -24,7 +24,7 @@ from tunesmith.export.source import find_source
 from tunesmith.generation.completions import generate_completions
 from tunesmith.generation.sampling import Sampling
 from tunesmith.nn.scheme import Scheme
-from tunesmith.training.build import load_model
+from tunesmith.training.load import load_model
 
 REFUSED = {
     "qwen3 tied biased windows": "biases on the attention's output",

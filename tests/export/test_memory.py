@@ -9,7 +9,7 @@ import torch
 
 from tests.export.conftest import gpt2
 from tests.recipes.test_export import make_adapter
-from tunesmith.checkpoint.tensor_files import Outgoing, write_tensors
+from tunesmith.checkpoint.write import Outgoing, write_tensors
 
 SHARD = 64e6
 SHAPE = {

@@ -14,7 +14,6 @@ from tests.distributed import run_distributed
 from tests.models.conftest import relative_error
 from tests.parallel.test_gradients import gradients_on_mesh, write_reference, wrong_gradients
 from tunesmith.configs.shared import TrainSettings
-from tunesmith.errors import UserError
 from tunesmith.parallel.async_tensor import Place, link_problem
 
 ASYNC = dict(tensor_parallel_dim=2, compile=True, enable_async_tensor_parallel=True)
@@ -114,30 +113,6 @@ def test_rows_of_any_length(tmp_path):
 def test_links(peer, said):
     problem = link_problem(Place(0, "a", 0), [peer], lambda index: index == 1)
     assert problem is None if said is None else said in str(problem)
-
-
-def begun(words):
-    from tunesmith.config import load_config
-    from tunesmith.training.run import start_run
-
-    try:
-        with start_run(load_config(*words), "sft"):
-            return "nothing"
-    except UserError as error:
-        return str(error)
-
-
-def test_a_device_without_it_is_refused_by_every_rank(tmp_path, tiny_model, chat_file):
-    words = [
-        "sft",
-        f"model={tiny_model}",
-        f"dataset.source={chat_file}",
-        "dtype=fp32",
-        f"output_dir={tmp_path / 'run'}",
-    ]
-    told = run_distributed(begun, 2, [*words, *(f"{key}={value}".lower() for key, value in ASYNC.items())])
-    assert told[0] == told[1] and "`enable_async_tensor_parallel` needs GPUs that read each other's memory" in told[0]
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from tunesmith.models.families import model_config
 from tunesmith.models.initialize import initialize
 from tunesmith.nn.part import local_tensor, parameter_parts
 from tunesmith.parallel.mesh import start_mesh, stop_mesh
-from tunesmith.training.build import build_model, find_model
+from tunesmith.training.build import build_model
 from tunesmith.training.optim import build_optimizer
+from tunesmith.training.source import find_model
 from tunesmith.training.step import train_step, validation_means
 
 STEPS, ROWS = 4, 8

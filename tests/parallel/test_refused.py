@@ -86,11 +86,16 @@ def _said(function) -> str:
     return "nothing"
 
 
+def _words(tmp_path, tiny_model, chat_file) -> list[str]:
+    run = f"output_dir={tmp_path / 'run'}"
+    return ["sft", f"model={tiny_model}", f"dataset.source={chat_file}", "dtype=fp32", run]
+
+
 def _other_config(words: list[str], changes: list[str], version: str | None) -> str:
     import os
 
     import tunesmith
-    from tunesmith.training.run import start_run
+    from tunesmith.training.start import start_run
 
     rank = int(os.environ["RANK"])
     if version and rank:
@@ -113,15 +118,17 @@ def _other_config(words: list[str], changes: list[str], version: str | None) -> 
     ],
 )
 def test_a_rank_with_another_config_or_version(tmp_path, tiny_model, chat_file, changes, version, said):
-    words = [
-        "sft",
-        f"model={tiny_model}",
-        f"dataset.source={chat_file}",
-        "dtype=fp32",
-        f"output_dir={tmp_path / 'run'}",
-    ]
+    words = _words(tmp_path, tiny_model, chat_file)
     told = run_distributed(_other_config, 2, words, changes, version, timeout=30)
     assert told[0] == told[1] and said.replace("HOST", platform.node()) in told[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_without_asynchronous_tensor_parallelism(tmp_path, tiny_model, chat_file):
+    options = ["tensor_parallel_dim=2", "compile=true", "enable_async_tensor_parallel=true"]
+    words = [*_words(tmp_path, tiny_model, chat_file), *options]
+    told = run_distributed(_other_config, 2, words, [], None)
+    assert told[0] == told[1] and "`enable_async_tensor_parallel` needs GPUs that read each other's memory" in told[0]
     assert not (tmp_path / "run").exists()
 
 
@@ -131,7 +138,7 @@ def _look_at_checkpoint(folders: list[Path]) -> str:
     import torch
 
     from tunesmith.parallel.mesh import start_mesh
-    from tunesmith.training.run import check_seen_everywhere
+    from tunesmith.training.agreement import check_seen_everywhere
 
     ranks = start_mesh(torch.device("cpu")).ranks
     return _said(lambda: check_seen_everywhere(folders[int(os.environ["RANK"])], ranks))

@@ -175,7 +175,7 @@ def test_the_newest_checkpoint_of_a_run_is_compared(capsys, tiny_model, texts, t
 def test_an_adapter_is_compared_with_its_base(capsys, tiny_model, texts, tmp_path):
     from tunesmith.checkpoint.adapter import save_adapter
     from tunesmith.nn.lora import apply_lora, reset_adapters
-    from tunesmith.training.build import load_model
+    from tunesmith.training.load import load_model
 
     model = load_model(tiny_model)
     apply_lora(model, rank=4, alpha=64.0, dropout=0.0, target_modules="all-linear")

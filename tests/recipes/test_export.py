@@ -21,8 +21,8 @@ from tunesmith.nn.lora import adapter_state, apply_lora, reset_adapters
 from tunesmith.nn.scheme import Scheme
 from tunesmith.recipes import export
 from tunesmith.training import preflight
-from tunesmith.training.build import load_model
 from tunesmith.training.convert import replacing
+from tunesmith.training.load import load_model
 
 SCHEME = {"export": [], "quantize": ["scheme.type=int8_weight_only", "device=cpu"]}
 

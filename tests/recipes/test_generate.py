@@ -108,7 +108,7 @@ def test_a_terminal_streams_and_is_not_commanded(tiny_model, monkeypatch, capsys
 def test_an_adapter_brings_its_base(capsys, tiny_model, tmp_path):
     from tunesmith.checkpoint.adapter import save_adapter
     from tunesmith.nn.lora import apply_lora, reset_adapters
-    from tunesmith.training.build import load_model
+    from tunesmith.training.load import load_model
 
     model = load_model(tiny_model)
     apply_lora(model, rank=4, alpha=64.0, dropout=0.0, target_modules="all-linear")

@@ -27,9 +27,10 @@ from tunesmith.nn.fake_quantize import apply_fake_quantization
 from tunesmith.nn.int4 import Int4Linear, group_scales, quantize_groups
 from tunesmith.nn.rounding import class_of
 from tunesmith.nn.scheme import TRAINED, Scheme
-from tunesmith.training.build import construct_model, find_model
+from tunesmith.training.build import construct_model
 from tunesmith.training.convert import quantize_repository
 from tunesmith.training.preflight import check
+from tunesmith.training.source import find_model
 
 ASSETS = Path(tunesmith.__file__).parent / "assets"
 COMMON = """dtype=fp32 device=cpu max_steps=4 optimizer.type=sgd optimizer.lr=0.05 lr_scheduler.type=constant clip_grad_norm=1.0

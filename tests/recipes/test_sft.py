@@ -227,7 +227,7 @@ def test_a_corrupt_checkpoint_is_refused_and_named(tmp_path, tiny_model, chat_fi
 
 
 def test_two_runs_can_not_write_into_one_folder(tmp_path, tiny_model, chat_file):
-    from tunesmith.training.run import start_run
+    from tunesmith.training.start import start_run
 
     resume = words(tmp_path / "run", tiny_model, chat_file, "resume_from_checkpoint=true")
     with start_run(load_config(*resume), "sft"), pytest.raises(UserError, match="another run is writing"):
@@ -369,8 +369,8 @@ def test_a_signal_while_a_line_is_written_does_not_break_the_run(tmp_path, tiny_
     import io
 
     from tunesmith.training.progress import Progress
-    from tunesmith.training.run import start_run
     from tunesmith.training.signals import stop_on_signal
+    from tunesmith.training.start import start_run
 
     class Interrupting(io.RawIOBase):
         def writable(self):
@@ -392,7 +392,8 @@ def test_a_signal_while_a_line_is_written_does_not_break_the_run(tmp_path, tiny_
 
 def test_sigterm_while_a_failed_run_cleans_up_is_no_wish_to_end(tmp_path, tiny_model, chat_file, monkeypatch):
     """torchrun sends it to the ranks that are left when one has died; taken for a wish, the run would not be started again."""
-    from tunesmith.training.run import Run, start_run
+    from tunesmith.training.run import Run
+    from tunesmith.training.start import start_run
 
     close = Run.close
 
@@ -438,15 +439,15 @@ def test_an_error_waits_for_the_save_in_the_background(tmp_path, tiny_model, cha
 
 
 def test_files_that_differ_from_memory_are_an_error(tmp_path, tiny_model, chat_file, monkeypatch):
-    from tunesmith.checkpoint import tensor_files
+    from tunesmith.checkpoint import write
 
-    make = tensor_files.Outgoing.own
+    make = write.Outgoing.own
 
     def wrong(self):
         values = make(self)
         return values.flip(0) if values.shape == (64, 128) else values
 
-    monkeypatch.setattr(tensor_files.Outgoing, "own", wrong)
+    monkeypatch.setattr(write.Outgoing, "own", wrong)
     with pytest.raises(UserError, match="other logits"):
         train(tmp_path / "run", tiny_model, chat_file, "max_steps=1")
 
@@ -491,8 +492,7 @@ def test_what_does_not_fit_the_model_is_told_before_the_data_are_read(
 ):
     """Also where the check before the run can't see it, as for models that come from the Hub."""
     from tunesmith.recipes import pretrain, sft
-    from tunesmith.training import build
-    from tunesmith.training import run as running
+    from tunesmith.training import build, start
 
     model, lora = shutil.copytree(tiny_model, tmp_path / "model"), ["+lora"]
     if mistake == "tokenizer":
@@ -517,7 +517,7 @@ def test_what_does_not_fit_the_model_is_told_before_the_data_are_read(
     }[mistake]
     if mistake == "bf16":
         monkeypatch.setattr(build, "supports_bf16", lambda device: False)
-    monkeypatch.setattr(running, "check", lambda config, **options: [])
+    monkeypatch.setattr(start, "check", lambda config, **options: [])
     for module, reads in ((sft, "chat_batches"), (pretrain, "text_batches")):
         monkeypatch.setattr(module, reads, lambda *args, **kwargs: pytest.fail("the data were read"))
     if recipe == "pretrain":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from tunesmith.configs import shared
+from tunesmith.configs import loggers, optimizers
 from tunesmith.errors import MissingExtra, UserError
 from tunesmith.training.loggers import flatten
 from tunesmith.training.metrics import Metrics, read_metrics
@@ -21,8 +21,8 @@ from tunesmith.training.metrics import Metrics, read_metrics
 class Config:
     """As much of a training config as the loggers look at."""
 
-    metric_logger: shared.MetricLogger = field(default_factory=shared.Disk)
-    optimizer: shared.Optimizer = field(default_factory=shared.AdamW)
+    metric_logger: loggers.MetricLogger = field(default_factory=loggers.Disk)
+    optimizer: optimizers.Optimizer = field(default_factory=optimizers.AdamW)
     seed: int = 1
 
 
@@ -89,7 +89,7 @@ def test_lines_outlive_sigkill(tmp_path):
 import sys
 from types import SimpleNamespace
 from pathlib import Path
-from tunesmith.configs.shared import Disk
+from tunesmith.configs.loggers import Disk
 from tunesmith.training.metrics import Metrics
 metrics = Metrics(Path(sys.argv[1]), SimpleNamespace(metric_logger=Disk()))
 for step in range(1, 10**9):
@@ -109,7 +109,7 @@ for step in range(1, 10**9):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    metrics = Metrics(tmp_path, Config(shared.TensorBoard()), 1, enabled=False)
+    metrics = Metrics(tmp_path, Config(loggers.TensorBoard()), 1, enabled=False)
     metrics.log(1, {"loss": 1.0})
     metrics.sync()
     metrics.close()
@@ -137,7 +137,7 @@ def test_flat_settings_name_the_type_of_each_section():
 def test_tensorboard_events_read_back_also_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = Config(shared.TensorBoard())
+    config = Config(loggers.TensorBoard())
     write_steps(tmp_path, 1, 4, config=config)
     write_steps(tmp_path, 3, 5, resume_step=2, config=config)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -148,7 +148,7 @@ def test_tensorboard_events_read_back_also_after_a_resume(tmp_path):
 
 def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    write_steps(tmp_path, 1, 3, config=Config(shared.WandB(mode="offline")))
+    write_steps(tmp_path, 1, 3, config=Config(loggers.WandB(mode="offline")))
     files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 1
     give_up = time.monotonic() + 60
@@ -164,7 +164,7 @@ def test_comet_offline(tmp_path, monkeypatch):
     import zipfile
 
     monkeypatch.setenv("COMET_LOGGING_CONSOLE", "ERROR")
-    write_steps(tmp_path, 1, 3, config=Config(shared.Comet(offline=True)))
+    write_steps(tmp_path, 1, 3, config=Config(loggers.Comet(offline=True)))
     (archive,) = (tmp_path / "comet").glob("*.zip")
     messages = zipfile.ZipFile(archive).read("messages.json").decode()
     gc.collect()
@@ -177,7 +177,7 @@ def test_mlflow_in_a_database_goes_on_in_the_same_run(tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
     address = f"sqlite:///{tmp_path}/mlflow.db"
-    config = Config(shared.MLflow(tracking_uri=address))
+    config = Config(loggers.MLflow(tracking_uri=address))
     write_steps(tmp_path, 1, 3, config=config)
     write_steps(tmp_path, 4, 5, resume_step=3, config=config)
     client = MlflowClient(address)
@@ -192,7 +192,7 @@ def test_mlflow_without_an_address_writes_into_the_run_folder(tmp_path, monkeypa
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    write_steps(tmp_path / "run", 1, 1, config=Config(shared.MLflow()))
+    write_steps(tmp_path / "run", 1, 1, config=Config(loggers.MLflow()))
     assert (tmp_path / "run/mlflow.db").is_file() and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -215,14 +215,14 @@ class Recorder:
 
 
 def test_third_party_class_by_dotted_path(tmp_path):
-    write_steps(tmp_path, 1, 2, config=Config(shared.ThirdPartyLogger(f"{__name__}.Recorder", {"color": "red"})))
+    write_steps(tmp_path, 1, 2, config=Config(loggers.ThirdPartyLogger(f"{__name__}.Recorder", {"color": "red"})))
     recorder = Recorder.made.pop()
     assert recorder.options == {"color": "red"} and recorder.folder == tmp_path
     assert recorder.rows == [(1, {"loss": 10.0, "lr": 1e-3}), (2, {"loss": 5.0, "lr": 1e-3}), "closed"]
 
 
 def test_a_failing_logger_is_reported_and_the_run_goes_on(tmp_path, capsys):
-    write_steps(tmp_path, 1, 5, config=Config(shared.ThirdPartyLogger(f"{__name__}.Recorder", {"fails_below": 3})))
+    write_steps(tmp_path, 1, 5, config=Config(loggers.ThirdPartyLogger(f"{__name__}.Recorder", {"fails_below": 3})))
     assert len(Recorder.made.pop().rows) == 3 and len(read_metrics(tmp_path / "metrics.jsonl")) == 5
     assert "Recorder failed and is switched off" in capsys.readouterr().err
 
@@ -230,16 +230,16 @@ def test_a_failing_logger_is_reported_and_the_run_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize("dotted", ["nowhere.Logger", "json.Logger", "Logger"])
 def test_unknown_class_is_a_user_error(tmp_path, dotted):
     with pytest.raises(UserError, match=f"metric_logger.type: {dotted} can't be imported"):
-        write_steps(tmp_path, 1, 1, config=Config(shared.ThirdPartyLogger(dotted)))
+        write_steps(tmp_path, 1, 1, config=Config(loggers.ThirdPartyLogger(dotted)))
 
 
 @pytest.mark.parametrize(
     "section, package",
     [
-        (shared.TensorBoard(), "tensorboard"),
-        (shared.WandB(), "wandb"),
-        (shared.Comet(), "comet_ml"),
-        (shared.MLflow(), "mlflow"),
+        (loggers.TensorBoard(), "tensorboard"),
+        (loggers.WandB(), "wandb"),
+        (loggers.Comet(), "comet_ml"),
+        (loggers.MLflow(), "mlflow"),
     ],
 )
 def test_absent_package_is_named(tmp_path, monkeypatch, section, package):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.checkpoint.tensor_files import read_stem, write_tensors
-from tunesmith.configs import shared
+from tunesmith.checkpoint.tensor_files import read_stem
+from tunesmith.checkpoint.write import write_tensors
+from tunesmith.configs import optimizers
+from tunesmith.configs.schedule import Cosine
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.errors import UserError
 from tunesmith.parallel.mesh import start_mesh
@@ -50,21 +52,21 @@ class Nests(torch.optim.Optimizer):
 
 
 OPTIMIZERS = [
-    shared.AdamW(lr=1e-2, weight_decay=0.1),
-    shared.AdamW(lr=1e-2, fused=False),
-    shared.AdamW(lr=1e-2, betas=(0.9, 0.95), state_dtype="bf16"),
-    shared.AdamW(lr=1e-2, fused=False, state_dtype="bf16"),
-    shared.SGD(lr=1e-2, momentum=0.9),
-    shared.Adafactor(lr=1e-2),
-    shared.Muon(lr=1e-2),
-    shared.AdamW8bit(lr=1e-2),
+    optimizers.AdamW(lr=1e-2, weight_decay=0.1),
+    optimizers.AdamW(lr=1e-2, fused=False),
+    optimizers.AdamW(lr=1e-2, betas=(0.9, 0.95), state_dtype="bf16"),
+    optimizers.AdamW(lr=1e-2, fused=False, state_dtype="bf16"),
+    optimizers.SGD(lr=1e-2, momentum=0.9),
+    optimizers.Adafactor(lr=1e-2),
+    optimizers.Muon(lr=1e-2),
+    optimizers.AdamW8bit(lr=1e-2),
     pytest.param(
-        shared.ThirdPartyOptimizer("bitsandbytes.optim.AdamW8bit", lr=1e-2),
+        optimizers.ThirdPartyOptimizer("bitsandbytes.optim.AdamW8bit", lr=1e-2),
         marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
     ),
-    shared.ThirdPartyOptimizer(f"{__name__}.CountsInItsGroup", lr=1e-2),
-    shared.ThirdPartyOptimizer(f"{__name__}.Nests", lr=1e-2),
-    shared.ThirdPartyOptimizer("torch.optim.RAdam", lr=1e-2, options={"betas": (0.8, 0.9)}),
+    optimizers.ThirdPartyOptimizer(f"{__name__}.CountsInItsGroup", lr=1e-2),
+    optimizers.ThirdPartyOptimizer(f"{__name__}.Nests", lr=1e-2),
+    optimizers.ThirdPartyOptimizer("torch.optim.RAdam", lr=1e-2, options={"betas": (0.8, 0.9)}),
 ]
 
 
@@ -89,7 +91,7 @@ def _name(config):
 @pytest.mark.parametrize("config", OPTIMIZERS, ids=_name)
 @torch.compiler.set_stance("force_eager")  # torchao would compile its step for half a minute
 def test_state_round_trip_continues_to_the_bit(config, in_backward, tmp_path):
-    settings = TrainSettings(dtype="fp32", optimizer=config, optimizer_in_bwd=in_backward, lr_scheduler=shared.Cosine())
+    settings = TrainSettings(dtype="fp32", optimizer=config, optimizer_in_bwd=in_backward, lr_scheduler=Cosine())
 
     def build(model):
         return build_optimizer(model, settings, 6, start_mesh(torch.device("cpu")))
@@ -115,7 +117,7 @@ def test_state_round_trip_continues_to_the_bit(config, in_backward, tmp_path):
 
 @pytest.mark.parametrize("value", [{1, 2}, {(1, 2): 3}, {1: 0, "1": 0}, torch.float32])
 def test_a_state_that_can_not_be_saved_is_named(value):
-    settings = TrainSettings(dtype="fp32", optimizer=shared.ThirdPartyOptimizer(f"{__name__}.Nests", lr=1e-2))
+    settings = TrainSettings(dtype="fp32", optimizer=optimizers.ThirdPartyOptimizer(f"{__name__}.Nests", lr=1e-2))
     model = network()
     optimizer = build_optimizer(model, settings, 1, start_mesh(torch.device("cpu")))
     run(model, optimizer, [1])
@@ -128,7 +130,7 @@ def test_a_state_that_can_not_be_saved_is_named(value):
 
 def test_vectors_are_not_decayed():
     model = network()
-    settings = TrainSettings(dtype="fp32", optimizer=shared.AdamW(weight_decay=0.1))
+    settings = TrainSettings(dtype="fp32", optimizer=optimizers.AdamW(weight_decay=0.1))
     optimizer = build_optimizer(model, settings, 1, start_mesh(torch.device("cpu")))
     decay = {
         id(p): group["weight_decay"] for o in optimizer._optimizers for group in o.param_groups for p in group["params"]
@@ -147,14 +149,14 @@ def test_wrong_third_party_optimizers_are_named():
         ("torch.optim.SGD", {"momentun": 1}, "momentun"),
         ("torch.optim.LBFGS", {}, "needs a closure"),
     ]:
-        settings = TrainSettings(dtype="fp32", optimizer=shared.ThirdPartyOptimizer(kind, options=options))
+        settings = TrainSettings(dtype="fp32", optimizer=optimizers.ThirdPartyOptimizer(kind, options=options))
         with pytest.raises(UserError, match=text):
             build_optimizer(network(), settings, 1, start_mesh(torch.device("cpu")))
 
 
 def test_muon_is_torchs():
     ours, theirs = network(), network()
-    settings = TrainSettings(dtype="fp32", optimizer=shared.Muon(lr=1e-2, weight_decay=0.1))
+    settings = TrainSettings(dtype="fp32", optimizer=optimizers.Muon(lr=1e-2, weight_decay=0.1))
     optimizer = build_optimizer(ours, settings, 3, start_mesh(torch.device("cpu")))
     matrices, vectors = [theirs[0].weight, theirs[2].weight], [theirs[0].bias, theirs[2].bias]
     muon = torch.optim.Muon(matrices, 1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
@@ -172,7 +174,7 @@ def test_muon_is_torchs():
 
 def trained(state_dtype=None, dtype=torch.float32, steps=6, **more):
     model = network().to(dtype)
-    config = shared.AdamW(lr=1e-2, weight_decay=0.1, state_dtype=state_dtype, **more)
+    config = optimizers.AdamW(lr=1e-2, weight_decay=0.1, state_dtype=state_dtype, **more)
     optimizer = build_optimizer(
         model, TrainSettings(dtype="fp32", optimizer=config), steps, start_mesh(torch.device("cpu"))
     )
@@ -207,7 +209,7 @@ def test_float32_states_under_bfloat16_weights():
 @pytest.mark.parametrize(("before", "after"), [(None, "bf16"), ("bf16", None)])
 def test_another_state_dtype_after_a_resume(tmp_path, before, after):
     settings = [
-        TrainSettings(dtype="fp32", optimizer=shared.AdamW(lr=1e-2, state_dtype=dtype)) for dtype in (before, after)
+        TrainSettings(dtype="fp32", optimizer=optimizers.AdamW(lr=1e-2, state_dtype=dtype)) for dtype in (before, after)
     ]
     model = network()
     first, second = (build_optimizer(model, one, 6, start_mesh(torch.device("cpu"))) for one in settings)

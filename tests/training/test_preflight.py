@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunesmith.checkpoint.adapter import read_adapter_config
+from tunesmith.checkpoint.adapter_config import read_adapter_config
 from tunesmith.config import load_config
 from tunesmith.errors import ConfigError, UserError
 from tunesmith.training import preflight

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tunesmith.configs.shared import Profiler
+from tunesmith.configs.profile import Profiler
 from tunesmith.parallel import device as accelerator
 from tunesmith.training.profile import MemorySnapshots, profiler
 

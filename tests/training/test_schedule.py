@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tunesmith.configs.shared import Constant, Cosine, Linear, WarmupStableDecay
+from tunesmith.configs.schedule import Constant, Cosine, Linear, WarmupStableDecay
 from tunesmith.training.schedule import lr_factor
 
 

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from tunesmith.configs import shared
+from tunesmith.configs import optimizers
+from tunesmith.configs.schedule import Cosine
 from tunesmith.configs.shared import TrainSettings
 from tunesmith.data.batch import IGNORED, Batch
 from tunesmith.errors import UserError
 from tunesmith.parallel.mesh import start_mesh
-from tunesmith.training.build import load_model
+from tunesmith.training.load import load_model
 from tunesmith.training.optim import build_optimizer
 from tunesmith.training.step import Metric, train_step, validation_means
 
@@ -39,18 +40,18 @@ def micro_batches(size, **kwargs):
 
 def train(folder, size, steps=3, **settings):
     model = load_model(folder).train().requires_grad_(True)
-    config = TrainSettings(**{"dtype": "fp32", "optimizer": shared.AdamW(lr=1e-3), **settings})
+    config = TrainSettings(**{"dtype": "fp32", "optimizer": optimizers.AdamW(lr=1e-3), **settings})
     optimizer = build_optimizer(model, config, steps, start_mesh(CPU))
     mesh = start_mesh(CPU)
     stats = [train_step(model, optimizer, micro_batches(size, seed=s), loss_fn, mesh, s) for s in range(1, steps + 1)]
     return model, stats
 
 
-@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 0.1}, {"optimizer": shared.Muon(lr=1e-3)}])
+@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 0.1}, {"optimizer": optimizers.Muon(lr=1e-3)}])
 def test_the_update_does_not_depend_on_the_cut(tiny_model, settings):
     whole, stats = train(tiny_model, 8, **settings)
     # Muon orthogonalises in bfloat16: what differs in float32's last digit may round apart there.
-    tolerance = 2e-3 if isinstance(settings.get("optimizer"), shared.Muon) else 1e-5
+    tolerance = 2e-3 if isinstance(settings.get("optimizer"), optimizers.Muon) else 1e-5
     for size in (1, 2, 3):
         cut, cut_stats = train(tiny_model, size, **settings)
         assert [s.loss for s in cut_stats] == pytest.approx([s.loss for s in stats], rel=max(tolerance, 1e-5))
@@ -69,8 +70,8 @@ def test_loss_is_the_mean_over_trained_tokens(tiny_model):
 
 
 def test_optimizer_in_backward_makes_the_same_update(tiny_model):
-    plain, stats = train(tiny_model, 8, lr_scheduler=shared.Cosine(num_warmup_steps=1))
-    early, early_stats = train(tiny_model, 8, lr_scheduler=shared.Cosine(num_warmup_steps=1), optimizer_in_bwd=True)
+    plain, stats = train(tiny_model, 8, lr_scheduler=Cosine(num_warmup_steps=1))
+    early, early_stats = train(tiny_model, 8, lr_scheduler=Cosine(num_warmup_steps=1), optimizer_in_bwd=True)
     for (name, a), b in zip(plain.named_parameters(), early.parameters()):
         assert torch.equal(a, b), name
     assert [s.grad_norm for s in early_stats] == pytest.approx([s.grad_norm for s in stats], rel=1e-5)
@@ -103,7 +104,9 @@ def test_activation_checkpointing_changes_no_gradient(tiny_model, settings):
 
 def test_a_batch_without_labels_gives_a_zero_gradient(tiny_model):
     model = load_model(tiny_model).train().requires_grad_(True)
-    optimizer = build_optimizer(model, TrainSettings(dtype="fp32", optimizer=shared.SGD(lr=0.1)), 1, start_mesh(CPU))
+    optimizer = build_optimizer(
+        model, TrainSettings(dtype="fp32", optimizer=optimizers.SGD(lr=0.1)), 1, start_mesh(CPU)
+    )
     before = {name: p.clone() for name, p in model.named_parameters()}
     batch = micro_batches(8)[0]
     batch = Batch(batch.input_ids, torch.full_like(batch.labels, IGNORED), batch.positions)

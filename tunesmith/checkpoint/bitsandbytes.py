@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.checkpoint.tensor_files import HeldTensor, Outgoing, StoredTensor
+from tunesmith.checkpoint.tensor_files import HeldTensor, StoredTensor
+from tunesmith.checkpoint.write import Outgoing
 from tunesmith.errors import UserError
 from tunesmith.nn.quantize import BLOCK_SIZE, NF4_LEVELS, quantize_nf4
 

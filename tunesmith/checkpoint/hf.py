@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tunesmith.checkpoint.check import TOLERANCES, check_saved, verify
 from tunesmith.checkpoint.load import load_weights, prepare_quantized, read_model_config, stated_dtype
 from tunesmith.checkpoint.streamed import is_streamed, weights_here
-from tunesmith.checkpoint.tensor_files import Outgoing, sha256_of, write_tensors, write_text
+from tunesmith.checkpoint.tensor_files import sha256_of
+from tunesmith.checkpoint.write import Outgoing, write_tensors, write_text
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.score import ScoreModel

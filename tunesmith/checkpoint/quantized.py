@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tunesmith.checkpoint import bitsandbytes
 from tunesmith.checkpoint.hf import MAX_SHARD_SIZE, explain_full_disk, outgoing_weights, saved_config
-from tunesmith.checkpoint.tensor_files import Outgoing, write_tensors, write_text
+from tunesmith.checkpoint.write import Outgoing, write_tensors, write_text
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.weights import file_name
 from tunesmith.nn.quantized import QDATA, SCALE

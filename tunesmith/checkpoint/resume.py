@@ -24,7 +24,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tunesmith.checkpoint.hf import outgoing, staged, verify
-from tunesmith.checkpoint.tensor_files import Outgoing, StoredTensor, read_stem, write_tensors
+from tunesmith.checkpoint.tensor_files import StoredTensor, read_stem
+from tunesmith.checkpoint.write import Outgoing, write_tensors
 from tunesmith.errors import UserError
 from tunesmith.hub import follow_latest
 from tunesmith.nn.part import Part

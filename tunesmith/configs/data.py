@@ -3,8 +3,8 @@
 from dataclasses import field
 from typing import Literal
 
+from tunesmith.configs._rules import Checked, below
 from tunesmith.configs._section import section
-from tunesmith.configs.shared import Checked, below
 
 
 @section

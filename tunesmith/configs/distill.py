@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import field
 from typing import Any, ClassVar, Literal
 
+from tunesmith.configs._rules import Checked, below, outside
 from tunesmith.configs._section import section
 from tunesmith.configs.data import ChatData
-from tunesmith.configs.shared import Checked, TrainSettings, below, outside
+from tunesmith.configs.shared import TrainSettings
 
 
 @section

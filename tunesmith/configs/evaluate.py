@@ -4,8 +4,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from tunesmith.configs._rules import below
 from tunesmith.configs._section import section
-from tunesmith.configs.shared import RunSettings, TokenizerConfig, below
+from tunesmith.configs.shared import RunSettings, TokenizerConfig
 
 
 def is_task_path(name: str) -> bool:

@@ -2,8 +2,9 @@
 
 from typing import ClassVar, Literal
 
+from tunesmith.configs._rules import Checked, below, no_size
 from tunesmith.configs._section import section
-from tunesmith.configs.shared import Checked, RunSettings, below, no_size
+from tunesmith.configs.shared import RunSettings
 
 PROGRAMS = ("torch_export", "executorch", "onnx")
 OPTIONS = {

@@ -3,8 +3,9 @@
 from dataclasses import field
 from typing import Any, Literal
 
+from tunesmith.configs._rules import Checked, below
 from tunesmith.configs._section import section
-from tunesmith.configs.shared import Checked, RunSettings, TokenizerConfig, below
+from tunesmith.configs.shared import RunSettings, TokenizerConfig
 
 
 @section

@@ -3,9 +3,10 @@
 from dataclasses import field
 from typing import ClassVar, Literal
 
+from tunesmith.configs._rules import Checked, below, outside
 from tunesmith.configs._section import section
 from tunesmith.configs.data import PreferenceData
-from tunesmith.configs.shared import Checked, TrainSettings, below, outside
+from tunesmith.configs.shared import TrainSettings
 
 
 @section(kw_only=True)

@@ -3,8 +3,9 @@
 from dataclasses import field
 from typing import ClassVar, Literal
 
+from tunesmith.configs._rules import Checked, below, no_size
 from tunesmith.configs._section import section
-from tunesmith.configs.shared import Checked, RunSettings, TokenizerConfig, below, no_size
+from tunesmith.configs.shared import RunSettings, TokenizerConfig
 
 GROUPED = ("int4_weight_only", "int8_dynamic_int4")
 """Schemes that always have groups; int8_weight_only may have some."""

@@ -2,9 +2,10 @@
 
 from typing import ClassVar, Literal
 
+from tunesmith.configs._rules import below
 from tunesmith.configs._section import section
 from tunesmith.configs.data import RewardData
-from tunesmith.configs.shared import TrainSettings, below
+from tunesmith.configs.shared import TrainSettings
 
 
 @section(kw_only=True)

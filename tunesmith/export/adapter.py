@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tunesmith import hub
-from tunesmith.checkpoint.adapter import CONFIG, check_saved_adapter, peft_name, read_adapter_config, stage_adapter
+from tunesmith.checkpoint.adapter import check_saved_adapter, peft_name, stage_adapter
+from tunesmith.checkpoint.adapter_config import CONFIG, read_adapter_config
 from tunesmith.checkpoint.check import TOLERANCES, verify
 from tunesmith.checkpoint.hf import copy_files, explain_full_disk
 from tunesmith.checkpoint.tensor_files import read_tensor_file
@@ -23,7 +24,7 @@ from tunesmith.export.result import Check, Exported
 from tunesmith.export.source import Source
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.lora import adapter_state
-from tunesmith.training.build import DTYPES
+from tunesmith.training.dtypes import DTYPES
 
 _PEFT = """
 import sys

@@ -25,7 +25,8 @@ from tunesmith.export.result import Check
 from tunesmith.export.source import Source
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.lora import merge_lora
-from tunesmith.training.build import DTYPES, load_model
+from tunesmith.training.dtypes import DTYPES
+from tunesmith.training.load import load_model
 from tunesmith.training.preflight.export import USUAL_LENGTH
 
 USUAL_CHUNK = 512

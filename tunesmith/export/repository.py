@@ -12,7 +12,7 @@ from tunesmith.configs.export import Export
 from tunesmith.errors import UserError
 from tunesmith.export.result import Check, Exported
 from tunesmith.export.source import Source
-from tunesmith.training.build import DTYPES
+from tunesmith.training.dtypes import DTYPES
 
 
 def export_repository(source: Source, folder: Path, config: Export) -> Exported:

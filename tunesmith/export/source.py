@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import hub
-from tunesmith.checkpoint.adapter import adapted_config, check_changes_something, read_adapter_config
+from tunesmith.checkpoint.adapter import adapted_config, check_changes_something
+from tunesmith.checkpoint.adapter_config import read_adapter_config
 from tunesmith.checkpoint.load import read_model_config
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.models.family import DecoderConfig, Family
 from tunesmith.nn.lora import adapter_layers
-from tunesmith.training.build import stream_model
+from tunesmith.training.load import stream_model
 from tunesmith.training.preflight import base_of_none
 
 

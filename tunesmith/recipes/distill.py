@@ -24,9 +24,10 @@ from tunesmith.generation.sampling import Sampling
 from tunesmith.losses.distillation import Distillation
 from tunesmith.nn.head import Head, with_label
 from tunesmith.parallel.mesh import Mesh
-from tunesmith.training.build import build_model, find_model, max_sequence_length
+from tunesmith.training.build import build_model, max_sequence_length
 from tunesmith.training.optim import build_optimizer
-from tunesmith.training.run import start_run
+from tunesmith.training.source import find_model
+from tunesmith.training.start import start_run
 from tunesmith.training.step import Metric, train_step, validation_means
 from tunesmith.training.teacher import build_divergence, check_teacher, open_teachers, shared_tokens
 

@@ -39,9 +39,11 @@ from tunesmith.eval.texts import TextScore, read_texts, score_file
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import device_name, pick_device, supports_bf16
 from tunesmith.parallel.mesh import A_DAY, Mesh, Ranks, Replicas, start_mesh, stop_mesh
-from tunesmith.training.build import DTYPES, load_model, tokenizer_folder
+from tunesmith.training.dtypes import DTYPES
+from tunesmith.training.load import load_model
 from tunesmith.training.preflight import check
 from tunesmith.training.progress import format_seconds
+from tunesmith.training.source import tokenizer_folder
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,10 @@ from tunesmith.generation.speculative import DraftModel, PromptLookup
 from tunesmith.models.decoder import CausalLM
 from tunesmith.parallel.device import pick_device, supports_bf16
 from tunesmith.parallel.mesh import A_DAY, Mesh, Replicas, start_mesh, stop_mesh
-from tunesmith.training.build import DTYPES, describe_model, load_model, tokenizer_folder
+from tunesmith.training.dtypes import DTYPES
+from tunesmith.training.load import load_model
 from tunesmith.training.preflight import check, check_draft
+from tunesmith.training.source import describe_model, tokenizer_folder
 
 
 def main(config: Generate) -> None:

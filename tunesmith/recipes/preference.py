@@ -27,10 +27,11 @@ from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.documents import document_sums
 from tunesmith.nn.head import Head
 from tunesmith.parallel.mesh import LOSS, Mesh
-from tunesmith.training.build import build_model, find_model, max_sequence_length
+from tunesmith.training.build import build_model, max_sequence_length
 from tunesmith.training.optim import Optimizer, build_optimizer
 from tunesmith.training.reference import REFERENCE, References, answer_log_probs, write_log_probs
-from tunesmith.training.run import start_run
+from tunesmith.training.source import find_model
+from tunesmith.training.start import start_run
 from tunesmith.training.step import Metric, own_batches, train_step, validation_means
 
 Terms = dict[str, tuple[Tensor, str]]

@@ -16,9 +16,10 @@ from tunesmith.data.loader import text_batches, validation_batches
 from tunesmith.data.tokenizer import find_tokenizer
 from tunesmith.generation.samples import Samples
 from tunesmith.nn.head import Head
-from tunesmith.training.build import build_model, find_model, max_sequence_length
+from tunesmith.training.build import build_model, max_sequence_length
 from tunesmith.training.optim import build_optimizer
-from tunesmith.training.run import start_run
+from tunesmith.training.source import find_model
+from tunesmith.training.start import start_run
 from tunesmith.training.step import train_step, validation_means
 
 

@@ -32,9 +32,10 @@ from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.rounding import linear_layers, rounded
 from tunesmith.nn.scheme import Scheme
 from tunesmith.parallel.device import pick_device, supports_float8
-from tunesmith.training.build import DTYPES, load_model, stream_model
 from tunesmith.training.calibrate import calibrate, calibration_samples
 from tunesmith.training.convert import replacing, write_model
+from tunesmith.training.dtypes import DTYPES
+from tunesmith.training.load import load_model, stream_model
 from tunesmith.training.preflight import check, check_roundable
 from tunesmith.training.progress import format_bytes
 

@@ -21,9 +21,10 @@ from tunesmith.losses.reward import bradley_terry, class_cross_entropy
 from tunesmith.nn.documents import document_sums
 from tunesmith.nn.score import ScoreHead
 from tunesmith.nn.sequence_shards import SequenceShards
-from tunesmith.training.build import as_classifier, build_model, find_model, max_sequence_length
+from tunesmith.training.build import build_model, max_sequence_length
 from tunesmith.training.optim import build_optimizer
-from tunesmith.training.run import start_run
+from tunesmith.training.source import as_classifier, find_model
+from tunesmith.training.start import start_run
 from tunesmith.training.step import LossFunction, Metric, train_step, validation_means
 
 

@@ -16,7 +16,8 @@ from tunesmith.checkpoint.load import read_model_config, stated_dtype
 from tunesmith.checkpoint.quantized import Quantized, Written, write_quantized
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.scheme import Scheme
-from tunesmith.training.build import base_of, stream_model
+from tunesmith.training.load import stream_model
+from tunesmith.training.source import base_of
 
 
 def quantize_repository(

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from tunesmith.configs import shared
+from tunesmith.configs import loggers as sections
 from tunesmith.errors import UserError, require
 
 
@@ -26,16 +26,16 @@ class Logger(Protocol):
 def build_logger(folder: Path, config: Any, total_steps: int | None, resume_step: int) -> Logger | None:
     """The logger that `config.metric_logger` asks for, None for metrics.jsonl alone. Raises MissingExtra without its package."""
     section = config.metric_logger
-    if isinstance(section, shared.Disk):
+    if isinstance(section, sections.Disk):
         return None
-    if isinstance(section, shared.ThirdPartyLogger):
+    if isinstance(section, sections.ThirdPartyLogger):
         return _find_class(section.type)(folder, config, **section.options)
     settings = {**flatten(config), "total_steps": total_steps}
     kinds = {
-        shared.TensorBoard: TensorBoardLogger,
-        shared.WandB: WandBLogger,
-        shared.Comet: CometLogger,
-        shared.MLflow: MLflowLogger,
+        sections.TensorBoard: TensorBoardLogger,
+        sections.WandB: WandBLogger,
+        sections.Comet: CometLogger,
+        sections.MLflow: MLflowLogger,
     }
     return kinds[type(section)](folder, section, settings, resume_step)
 
@@ -84,7 +84,7 @@ def _run_id(folder: Path, service: str, resume_step: int, make: Any = lambda: uu
 class TensorBoardLogger:
     """Event files for TensorBoard; a resume hides the points after the checkpoint."""
 
-    def __init__(self, folder: Path, section: shared.TensorBoard, settings: dict[str, Any], resume_step: int):
+    def __init__(self, folder: Path, section: sections.TensorBoard, settings: dict[str, Any], resume_step: int):
         require("tensorboard", "tensorboard", "metric_logger.type=tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -103,7 +103,7 @@ class TensorBoardLogger:
 class WandBLogger:
     """A Weights & Biases run; its x axis is the optimizer step."""
 
-    def __init__(self, folder: Path, section: shared.WandB, settings: dict[str, Any], resume_step: int):
+    def __init__(self, folder: Path, section: sections.WandB, settings: dict[str, Any], resume_step: int):
         wandb = require("wandb", "wandb", "metric_logger.type=wandb")
         run_id, _ = _run_id(folder, "wandb", resume_step)
         name = section.name or folder.resolve().name
@@ -136,7 +136,7 @@ class WandBLogger:
 class CometLogger:
     """A Comet experiment; offline it becomes an archive in comet/ of the run folder."""
 
-    def __init__(self, folder: Path, section: shared.Comet, settings: dict[str, Any], resume_step: int):
+    def __init__(self, folder: Path, section: sections.Comet, settings: dict[str, Any], resume_step: int):
         comet = require("comet_ml", "comet", "metric_logger.type=comet")
         key, is_known = _run_id(folder, "comet", resume_step)
         options = comet.ExperimentConfig(
@@ -169,7 +169,7 @@ class CometLogger:
 class MLflowLogger:
     """An MLflow run on a server, in a database or in a folder."""
 
-    def __init__(self, folder: Path, section: shared.MLflow, settings: dict[str, Any], resume_step: int):
+    def __init__(self, folder: Path, section: sections.MLflow, settings: dict[str, Any], resume_step: int):
         mlflow = require("mlflow", "mlflow", "metric_logger.type=mlflow")
         self._entities = require("mlflow.entities", "mlflow", "metric_logger.type=mlflow")
         own = f"sqlite:///{folder.resolve() / 'mlflow.db'}"
@@ -185,7 +185,7 @@ class MLflowLogger:
                 self._run_id, params=[self._entities.Param(name, str(value)[:500]) for name, value in settings.items()]
             )
 
-    def _create_run(self, section: shared.MLflow, name: str) -> str:
+    def _create_run(self, section: sections.MLflow, name: str) -> str:
         experiment = self._client.get_experiment_by_name(section.experiment_name)
         experiment_id = (
             experiment.experiment_id if experiment else self._client.create_experiment(section.experiment_name)

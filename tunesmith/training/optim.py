@@ -1,42 +1,36 @@
-"""From gradients to updates: optimizers by name, the schedule, clipping, loss scaling, and the optimizer step in backward."""
+"""From gradients to updates: the schedule, clipping, loss scaling, and the optimizer step in backward."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.checkpoint.hf import outgoing as outgoing_part
-from tunesmith.checkpoint.tensor_files import Outgoing, StoredTensor
-from tunesmith.configs import shared
-from tunesmith.errors import UserError, require
+from tunesmith.checkpoint.tensor_files import StoredTensor
+from tunesmith.checkpoint.write import Outgoing
+from tunesmith.configs.shared import TrainSettings
+from tunesmith.errors import UserError
 from tunesmith.nn.part import Part, local_tensor, parameter_parts, speaks_for
 from tunesmith.parallel.gradients import norm_over, sum_partial
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.whole import Wholes
-from tunesmith.training.adamw import AdamWithStateDtype
-from tunesmith.training.muon import Muon
+from tunesmith.training.optim_state import as_asked, place, put_together, take_apart
+from tunesmith.training.optimizers import Parameters, build_optimizers
 from tunesmith.training.schedule import lr_factor
 
-Parameters = list[tuple[str, nn.Parameter]]
-
 _SMALLEST_LOSS_SCALE = 2.0**-10
-_STATE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Optimizer:
     """The optimizer of a run. `set_step`, a backward pass of `scaled(loss)` for each micro-batch, then `step`."""
 
-    def __init__(self, model: nn.Module, config: shared.TrainSettings, total_steps: int, mesh: Mesh):
+    def __init__(self, model: nn.Module, config: TrainSettings, total_steps: int, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.total_steps = total_steps
         self.may_skip = False
@@ -188,7 +182,7 @@ class Optimizer:
         for optimizer in self._optimizers:
             for parameter, state in optimizer.state.items():
                 if names[id(parameter)] not in self._copies:
-                    _take_apart(names[id(parameter)], dict(state), tensors, values)
+                    take_apart(names[id(parameter)], dict(state), tensors, values)
         values["wrapped"] = {self._own_slot(slot): record for slot, record in values["wrapped"].items()}
         outgoing: dict[str, Outgoing] = {}
         for slot, tensor in tensors.items():
@@ -235,9 +229,9 @@ class Optimizer:
                             slot.partition("@")[0]: self._read(slot, stored[slot], name)
                             for slot in slots.get(original, ())
                         }
-                        state = _put_together(original, own, values)
-                        state = {k: _place(k, v, parameter, fused) for k, v in state.items()}
-                        optimizer.state[parameter] = _as_asked(optimizer, parameter, state)
+                        state = put_together(original, own, values)
+                        state = {k: place(k, v, parameter, fused) for k, v in state.items()}
+                        optimizer.state[parameter] = as_asked(optimizer, parameter, state)
 
     def _own_slot(self, slot: str) -> str:
         """The name of what each rank keeps for itself."""
@@ -282,184 +276,6 @@ def _numbers(group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_CONTAINERS = {"dict": dict, "list": list, "tuple": tuple}
-
-
-def _take_apart(slot: str, value: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Store a value of an optimizer's state under `slot`, what it contains under `slot::key`: tensors, and what json can hold.
-
-    A tensor of a subclass (8-bit states) is stored as its inner tensors, with what rebuilds it among the values.
-    """
-    if isinstance(value, Tensor):
-        if type(value) not in (Tensor, nn.Parameter) and hasattr(value, "__tensor_flatten__"):
-            inner, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
-            values["wrapped"][slot] = {
-                "type": f"{type(value).__module__}.{type(value).__qualname__}",
-                "context": _dtypes_named(context),
-                "inner": list(inner),
-                "shape": list(value.shape),
-                "stride": list(value.stride()),
-            }
-            tensors.update({f"{slot}::{part}": getattr(value, part).detach() for part in inner})
-        else:
-            tensors[slot] = value.detach()
-    elif value is None or isinstance(value, bool | int | float | str):
-        values["plain"][slot] = value
-    else:
-        kind = type(value).__name__
-        items = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list | tuple) else {}
-        keys_differ = len({str(key) for key in items}) == len(items)
-        if type(value) is not _CONTAINERS.get(kind) or {type(key) for key in items} - {str, int} or not keys_differ:
-            raise UserError(
-                f"the optimizer's state {slot} can't be saved: it is of the type {kind}, and may be made of tensors, numbers, "
-                "texts, lists, tuples and dicts with texts or whole numbers as keys; choose another `optimizer.type`"
-            )
-        values["nested"][slot] = {"type": kind, "keys": list(items)}
-        for key, item in items.items():
-            _take_apart(f"{slot}::{key}", item, tensors, values)
-
-
-def _put_together(slot: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> Any:
-    """What `_take_apart` stored under `slot`."""
-    if slot in values["plain"]:
-        return values["plain"][slot]
-    if slot in values["wrapped"]:
-        return _rebuild(slot, values["wrapped"][slot], tensors)
-    if slot not in values["nested"]:
-        return tensors[slot]
-    record = values["nested"][slot]
-    items = {key: _put_together(f"{slot}::{key}", tensors, values) for key in record["keys"]}
-    return items if record["type"] == "dict" else _CONTAINERS[record["type"]](items.values())
-
-
-def _rebuild(slot: str, record: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
-    module, _, name = record["type"].rpartition(".")
-    if module.partition(".")[0] != "torchao":  # a checkpoint must not choose what code runs
-        raise UserError(f"the checkpoint's optimizer state {slot} is of the unknown type {record['type']}")
-    kind = getattr(importlib.import_module(module), name)
-    inner = {part: tensors[f"{slot}::{part}"] for part in record["inner"]}
-    context = _dtypes_found(record["context"])
-    return kind.__tensor_unflatten__(inner, context, torch.Size(record["shape"]), tuple(record["stride"]))
-
-
-def _dtypes_named(context: Any) -> Any:
-    """The context of a tensor subclass as json can hold it."""
-    if isinstance(context, torch.dtype):
-        return {"dtype": str(context).removeprefix("torch.")}
-    return [_dtypes_named(one) for one in context] if isinstance(context, list | tuple) else context
-
-
-def _dtypes_found(context: Any) -> Any:
-    if isinstance(context, dict):
-        return getattr(torch, context["dtype"])
-    return [_dtypes_found(one) for one in context] if isinstance(context, list) else context
-
-
-def _place(key: str | int, value: Any, parameter: Tensor, fused: bool) -> Any:
-    """Step counters stay on the host, where the unfused optimizers keep them; all else goes to the parameter's device."""
-    if isinstance(value, dict):
-        return {k: _place(k, v, parameter, fused) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_place(key, v, parameter, fused) for v in value)
-    if not isinstance(value, Tensor):
-        return value
-    return value if key == "step" and not fused else value.to(parameter.device)
-
-
-def _as_asked(optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """AdamW's averages in the number type that is asked for now; they may have been saved in another."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return state
-    dtype = getattr(optimizer, "state_dtype", parameter.dtype)
-    return {key: value.to(dtype) if key.startswith("exp_avg") else value for key, value in state.items()}
-
-
-# --- optimizers by name ------------------------------------------------------------------------------
-
-
-def build_optimizers(
-    parameters: Parameters, config: shared.Optimizer, wholes: Callable[[], Wholes]
-) -> list[torch.optim.Optimizer]:
-    """The optimizer that `config` names, over `parameters` (name, parameter); two for Muon, whose vectors AdamW takes; none for none."""
-    if not parameters and not isinstance(config, shared.Muon):  # which brings ranks together, also those without a part
-        return []
-    if isinstance(config, shared.AdamW):
-        kind = torch.optim.AdamW
-        if config.state_dtype is not None:
-            kind = partial(AdamWithStateDtype, state_dtype=_STATE_DTYPES[config.state_dtype])
-        groups = _groups(parameters, config.weight_decay)
-        return [kind(groups, config.lr, config.betas, config.eps, fused=config.fused)]
-    if isinstance(config, shared.AdamW8bit):
-        torchao_optim = _import_torchao()
-        return [torchao_optim.AdamW8bit(_groups(parameters, config.weight_decay), config.lr, config.betas, config.eps)]
-    if isinstance(config, shared.SGD):
-        groups = _groups(parameters, config.weight_decay)
-        return [torch.optim.SGD(groups, config.lr, momentum=config.momentum, fused=True)]
-    if isinstance(config, shared.Adafactor):
-        return [torch.optim.Adafactor(_groups(parameters, config.weight_decay), config.lr)]
-    if isinstance(config, shared.Muon):
-        return _muon(parameters, config, wholes())
-    return [_third_party(parameters, config)]
-
-
-def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed, vectors (norms, biases) are not."""
-    matrices = [p for _, p in parameters if p.ndim >= 2]
-    vectors = [p for _, p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def _muon(parameters: Parameters, config: shared.Muon, wholes: Wholes) -> list[torch.optim.Optimizer]:
-    def is_hidden_matrix(item: tuple[str, nn.Parameter]) -> bool:
-        name, parameter = item
-        return parameter.ndim == 2 and "embed_tokens" not in name and not name.startswith(("lm_head", "score"))
-
-    matrices = [item for item in parameters if is_hidden_matrix(item)]
-    others = [item for item in parameters if not is_hidden_matrix(item)]
-    optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
-        settings = (config.lr, config.weight_decay, config.momentum, config.nesterov)
-        optimizers.append(Muon(dict(matrices), wholes, *settings))
-    if others:
-        optimizers.append(torch.optim.AdamW(_groups(others, config.weight_decay), config.lr, fused=True))
-    return optimizers
-
-
-def _import_torchao() -> Any:
-    """torchao's optimizers, without what it and torch tell developers of: kernels it wasn't built with, names that are to change."""
-    warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash_for_caching")
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        return require("torchao.optim", "torchao", "`optimizer.type: adamw_8bit`")
-    finally:
-        logging.disable(before)
-
-
-def _third_party(parameters: Parameters, config: shared.ThirdPartyOptimizer) -> torch.optim.Optimizer:
-    kind: Callable[..., torch.optim.Optimizer] = import_dotted(config.type, "optimizer.type")
-    try:
-        optimizer = kind([p for _, p in parameters], lr=config.lr, **config.options)
-    except TypeError as error:
-        raise UserError(f"`optimizer.type: {config.type}` doesn't take these options: {error}") from error
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UserError(
-            f"`optimizer.type: {config.type}` computes the loss several times a step (its step() needs a closure), which training doesn't do: choose another"
-        )
-    return optimizer
-
-
-def import_dotted(path: str, key: str) -> Any:
-    """The object at a dotted `path`; UserError naming the config `key` where it can't be imported."""
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"`{key}: {path}` can't be imported: {error}") from error
-
-
-def build_optimizer(model: nn.Module, config: shared.TrainSettings, total_steps: int, mesh: Mesh) -> Optimizer:
+def build_optimizer(model: nn.Module, config: TrainSettings, total_steps: int, mesh: Mesh) -> Optimizer:
     """The optimizer of a run over the trained parameters of `model`; `total_steps` is what the schedule spans."""
     return Optimizer(model, config, total_steps, mesh)

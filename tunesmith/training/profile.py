@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch.profiler
 
-from tunesmith.configs.shared import Profiler
+from tunesmith.configs.profile import Profiler
 from tunesmith.parallel import device as accelerator
 
 

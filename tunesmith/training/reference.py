@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.configs.preference import Preference
-from tunesmith.configs.shared import LoRAWeights
+from tunesmith.configs.weights import LoRAWeights
 from tunesmith.data.batch import Batch
 from tunesmith.data.cache import cache_folder
 from tunesmith.data.loader import Batches
@@ -30,8 +30,9 @@ from tunesmith.nn.lora import adapters_off
 from tunesmith.nn.sequence_shards import SequenceShards
 from tunesmith.parallel.mesh import LOSS, Mesh
 from tunesmith.parallel.pipeline import forward
-from tunesmith.training.build import Source, build_frozen, find_model
+from tunesmith.training.build import build_frozen
 from tunesmith.training.preflight import check_reference
+from tunesmith.training.source import Source, find_model
 from tunesmith.training.step import own_batches
 
 REFERENCE = "reference"

@@ -1,4 +1,4 @@
-"""A run: its device, seeds, folder, metrics, progress, checkpoints and how it ends.
+"""A run: its steps, metrics, progress, checkpoints and how it ends; `start.py` begins it.
 
 with start_run(config, "sft") as run:
     …
@@ -11,57 +11,40 @@ with start_run(config, "sft") as run:
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import platform
-import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-import tunesmith
 from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
 from tunesmith.checkpoint.check import check_rounded_logits, logits_from_files, probe_logits, rounded_tolerance
 from tunesmith.checkpoint.hf import check_saved, stage_repository
-from tunesmith.checkpoint.resume import (
-    Checkpoints,
-    check_digests,
-    check_same_run,
-    find_newest,
-    read_state,
-)
+from tunesmith.checkpoint.resume import Checkpoints
 from tunesmith.checkpoint.uploads import Uploads
 from tunesmith.config import dump_config
-from tunesmith.configs.layout import Layout
-from tunesmith.configs.shared import QAT, LoRAWeights, TrainSettings
+from tunesmith.configs.shared import TrainSettings
+from tunesmith.configs.weights import QAT, LoRAWeights
 from tunesmith.data.report import DataReport
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.fake_quantize import set_rounding
 from tunesmith.nn.lora import freeze_base
-from tunesmith.parallel.async_tensor import check_async_tensor_parallel
-from tunesmith.parallel.device import pick_device
-from tunesmith.parallel.mesh import DATA, Mesh, Ranks, start_mesh, stop_mesh
-from tunesmith.remote import is_remote, working_folder
-from tunesmith.training.build import DTYPES, Source, check_weights, construct_frozen, construct_model, scheme_of
+from tunesmith.parallel.mesh import Mesh, Ranks
+from tunesmith.training.build import check_weights, construct_frozen, construct_model, scheme_of
 from tunesmith.training.convert import quantize_repository
+from tunesmith.training.dtypes import DTYPES
 from tunesmith.training.flops import forward_flops, training_flops
-from tunesmith.training.folder import check_shared, claim, environment, launch, unclaim
+from tunesmith.training.folder import environment
 from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.meter import Meter
 from tunesmith.training.metrics import Metrics
 from tunesmith.training.preflight import (
-    check,
     group_problems,
     layout_problems,
     warn_of_another_base,
@@ -71,10 +54,10 @@ from tunesmith.training.preflight import (
 from tunesmith.training.profile import MemorySnapshots, profiler
 from tunesmith.training.progress import Progress, format_bytes
 from tunesmith.training.report import write_report
-from tunesmith.training.signals import end_on_sigterm, ignore_sigterm, stop_on_signal
+from tunesmith.training.signals import stop_on_signal
+from tunesmith.training.source import Source
 from tunesmith.training.step import StepStats
-from tunesmith.training.watchdog import FOLDER as HANG_FOLDER
-from tunesmith.training.watchdog import Watchdog, noticing_lost_ranks
+from tunesmith.training.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -332,7 +315,7 @@ class Run:
     def _fingerprint(self, source: Source, data: Any) -> dict[str, Any]:
         """What must not change between a stop and a resume, or the numbers would."""
         return {
-            **_fixed_settings(self.config, self.recipe),
+            **fixed_settings(self.config, self.recipe),
             "model": source.fingerprint,
             "global_batch_size": data.rows_per_step,
             "data": data.fingerprint,
@@ -415,134 +398,7 @@ class Run:
             self._checkpoints.close()
 
 
-@contextlib.contextmanager
-def start_run(config: TrainSettings, recipe: str) -> Iterator[Run]:
-    """Claim the run folder, check the config against the machine, seed, and start the mesh.
-
-    Raises UserError before anything is loaded where something can't work, or where the folder holds another run.
-    """
-    device = pick_device(config.device)
-    uploads, folder = _working_folder(config)
-    run: Run | None = None
-    with contextlib.ExitStack() as stack:
-        stack.callback(stop_mesh)
-        agree = partial(check_same_everywhere, config=config)
-        with noticing_lost_ranks(lambda: "at the start"):
-            # The watchdog, who knows more, speaks before a message is given up.
-            patience = config.dist_timeout_seconds + 15
-            mesh = start_mesh(device, Layout.of(config), patience, agree, reports=str(folder / HANG_FOLDER))
-        watchdog = Watchdog(mesh, folder, config.dist_timeout_seconds)
-        stack.callback(watchdog.close)
-        stack.enter_context(noticing_lost_ranks(watchdog.where))
-        mesh.ranks.on_all(lambda: check(config, folder_is_checked_later=True))
-        if config.enable_async_tensor_parallel:
-            check_async_tensor_parallel(mesh)
-        claimed = _claimed(folder, config.resume_from_checkpoint, uploads)
-        resumes = mesh.ranks.from_main(lambda: stack.enter_context(claimed))
-        try:
-            check_shared(folder, mesh.ranks, uploads.url if uploads else None)
-            stack.enter_context(end_on_sigterm())
-            if uploads is not None:
-                uploads.take(launch(), resumes, mesh.ranks)
-            resume_from = mesh.ranks.from_main(lambda: find_newest(folder)) if resumes else None
-            if resume_from is not None:
-                check_seen_everywhere(resume_from, mesh.ranks)
-                check_digests(resume_from, mesh.ranks, uploads.place(resume_from) if uploads else None)
-                if uploads is not None and not mesh.ranks.from_main(lambda: uploads.is_there(resume_from)):
-                    uploads.push(resume_from, mesh.ranks)  # a killed run did not come to it
-            _draw_seed(config, resume_from, mesh)
-            if resume_from is not None:
-                mesh.ranks.on_all(lambda: check_same_run(resume_from, _fixed_settings(config, recipe)))
-            seed_everything((config.seed or 0) + mesh.index("pp", *DATA, "cp"), config.deterministic)
-            run = Run(config, recipe, mesh, folder, watchdog, resume_from, uploads)
-            stack.callback(run.close)
-            with run.memory_snapshots:
-                yield run
-        except BaseException as error:
-            if isinstance(error, Exception):
-                ignore_sigterm()
-            if mesh.is_main and not (resumes or (run is not None and run.has_begun)):
-                unclaim(folder)
-            raise
-
-
-def _working_folder(config: TrainSettings) -> tuple[Uploads | None, Path]:
-    """The folder that the run works in; and where that is not `output_dir` itself, what brings it there."""
-    if not is_remote(config.output_dir):
-        return None, Path(config.output_dir)
-    folder = working_folder(config.output_dir)
-    return Uploads(config.output_dir, folder, config.keep_last_n_checkpoints, partial(write_report, folder)), folder
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path, resume: bool, uploads: Uploads | None) -> Iterator[bool]:
-    """Hold the run folder; gives whether the run goes on with what is in it."""
-    held = claim(folder, resume, uploads)
-    clean = False
-    try:
-        yield held.resumes
-        clean = True
-    except (UserError, SystemExit):
-        clean = True
-        raise
-    finally:
-        if clean and uploads is not None:
-            uploads.let_go()
-        held.release(clean)
-
-
-def check_same_everywhere(ranks: Ranks, config: TrainSettings) -> None:
-    """Raise the same UserError on every rank where one has another config or other versions."""
-    own = {
-        "tunesmith": tunesmith.__version__,
-        "torch": torch.__version__,
-        "config": dump_config(config),
-        "host": platform.node(),
-    }
-    first, *others = ranks.gather(own)
-    for rank, other in enumerate(others, 1):
-        for what in ("tunesmith", "torch", "config"):
-            if other[what] != first[what]:
-                pair = (other[what], first[what]) if what != "config" else _first_difference(other[what], first[what])
-                raise UserError(
-                    f"rank {rank} (on {other['host']}) has another {'config' if what == 'config' else f'version of {what}'} than "
-                    f"rank 0 (on {first['host']}): {pair[0]} instead of {pair[1]}; start all with the same"
-                )
-
-
-def _first_difference(one: str, other: str) -> tuple[str, str]:
-    """The first line in which two configs differ, of each."""
-    pairs = zip_longest(one.splitlines(), other.splitlines(), fillvalue="nothing")
-    return next((_option(a), _option(b)) for a, b in pairs if a != b)
-
-
-def _option(line: str) -> str:
-    """A line of a config without its comment."""
-    return f"`{line.partition('  #')[0].strip()}`"
-
-
-def check_seen_everywhere(folder: Path, ranks: Ranks) -> None:
-    """Raise the same UserError on every rank where one does not see the checkpoint in `folder` whole, as rank 0 does."""
-    own = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    (first, main_host), *others = ranks.gather((own, platform.node()))
-    for rank, (seen, host) in enumerate(others, 1):
-        different = [name for name in sorted({*seen, *first}) if seen.get(name) != first.get(name)]
-        if different:
-            what = "is absent" if not seen else f"{different[0]} is absent or of another size"
-            raise UserError(
-                f"{folder} is not the same for all: on {host} (rank {rank}) {what}, unlike on {main_host} (rank 0); "
-                "`output_dir` must be a folder that all nodes share, or be copied whole to each"
-            )
-
-
-def _draw_seed(config: TrainSettings, resume_from: Path | None, mesh: Mesh) -> None:
-    """Fill in the seed where none is given: the one that was drawn before, or a new one."""
-    if config.seed is None:
-        drawn = read_state(resume_from)["fingerprint"]["seed"] if resume_from is not None else None
-        config.seed = mesh.ranks.from_main(lambda: int.from_bytes(os.urandom(4), "little")) if drawn is None else drawn
-
-
-def _fixed_settings(config: TrainSettings, recipe: str) -> dict[str, Any]:
+def fixed_settings(config: TrainSettings, recipe: str) -> dict[str, Any]:
     """What a resume may not change, as far as the config alone tells."""
     weights = json.loads(json.dumps(vars(config.weights) | {"type": config.weights.type}))
     weights.pop("adapter", None)
@@ -554,13 +410,3 @@ def _fixed_settings(config: TrainSettings, recipe: str) -> dict[str, Any]:
         "dtype": config.dtype,
         "seed": config.seed,
     }
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed Python's and torch's generators; with `deterministic`, refuse kernels that are not."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if deterministic or torch.are_deterministic_algorithms_enabled():  # even turning it off imports the compiler
-        torch.use_deterministic_algorithms(deterministic)

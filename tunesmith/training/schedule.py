@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tunesmith.configs.shared import Constant, LRScheduler, WarmupStableDecay
+from tunesmith.configs.schedule import Constant, LRScheduler, WarmupStableDecay
 
 
 def lr_factor(schedule: LRScheduler, step: int, total_steps: int) -> float:

@@ -24,8 +24,9 @@ from tunesmith.nn.head import Head, with_label
 from tunesmith.nn.part import unsharded
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.pipeline import forward
-from tunesmith.training.build import Source, build_frozen
+from tunesmith.training.build import build_frozen
 from tunesmith.training.preflight import frozen_layout_problems
+from tunesmith.training.source import Source
 from tunesmith.training.top_k import INDEX, Note, TopKStore, open_store
 from tunesmith.training.vocabulary import Vocabulary, vocabulary_problem
 

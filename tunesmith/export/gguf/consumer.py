@@ -24,7 +24,7 @@ from tunesmith.export.gguf.tensors import Placed, Written
 from tunesmith.export.result import Check
 from tunesmith.export.source import Source
 from tunesmith.models.decoder import CausalLM, build
-from tunesmith.training.build import default_dtype
+from tunesmith.training.dtypes import default_dtype
 
 TOLERANCES = {"f32": 2e-3, "f16": 1e-2, "bf16": 3e-2}
 """Largest difference of llama.cpp's logits from ours with the same weights. It rounds inputs of matrices to the matrix's type."""
