@@ -220,3 +220,15 @@ def test_another_state_dtype_after_a_resume(tmp_path, before, after):
     run(model, second, range(4, 7))
     averages = second._optimizers[0].state[model[0].weight]
     assert averages["exp_avg"].dtype == (torch.bfloat16 if after else torch.float32) and averages["step"] == 6
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_the_gradient_norm_of_a_large_matrix_is_exact(in_backward):
+    model = nn.Linear(2048, 2048, bias=False)
+    settings = TrainSettings(dtype="fp32", optimizer_in_bwd=in_backward)
+    optimizer = build_optimizer(model, settings, 1, start_mesh(torch.device("cpu")))
+    gradient = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    optimizer.set_step(1)
+    (model.weight * gradient).sum().backward()
+    norm, _ = optimizer.step(finite_loss=True)
+    assert norm == pytest.approx(gradient.double().norm().item(), rel=1e-6)

@@ -257,8 +257,13 @@ class Optimizer:
 
 
 def _length(gradient: Tensor) -> Tensor:
-    """In float32: bfloat16 would leave two or three digits of the norm."""
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    """In float32: bfloat16 would leave two or three digits of the norm.
+
+    Row by row, then of the rows: in one go the CPU adds up so many squares in so few sums that a large matrix comes out
+    too short, by 2e-5 of 1.6 million numbers, by 4 % of 260 million, and less so the smaller the parts it is cut into.
+    """
+    rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32) if gradient.ndim > 1 else gradient
+    return torch.linalg.vector_norm(rows, dtype=torch.float32)
 
 
 def _own_part(parameter: nn.Parameter) -> nn.Parameter:
