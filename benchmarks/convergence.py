@@ -54,8 +54,6 @@ class Group:
     """What all of its runs are given."""
     steps: int
     runs: dict[str, Run]
-    remark: str = ""
-    """What else explains the numbers that are there."""
     continues: bool = False
     """Whether runs start from the model that the first plain run ends with, instead of from scratch."""
 
@@ -108,9 +106,6 @@ FROM_SCRATCH = Group(
         "dp2 x pp2": Run(4, "pipeline_parallel_dim=2 batch_size=2"),
         "tp2 x pp2": Run(4, "tensor_parallel_dim=2 pipeline_parallel_dim=2 batch_size=2"),
     },
-    remark="Layouts that cut matrices (FSDP, tp, cp) are 65 to 125 times further from the plain run than those that leave them whole. That is the "
-    "norm that gradients are clipped by: in these runs it was taken of each rank's part of a matrix in one go, in which a CPU loses 2e-5 "
-    "of a large matrix's norm and less of a part's. Without clipping (below) dp2 is as close as the others.",
 )
 UNCLIPPED = "plain without clipping"
 IN_BACKWARD = Group(

@@ -153,4 +153,4 @@ def _verdict(group: Group, losses: Losses) -> str:
     if len(plain) > 1:
         means = (f"{name} {sum(losses[name][-10:]) / 10:.3f}" for name in plain)
         sentences.append(f"Mean loss of the last 10 steps: {', '.join(means)}.")
-    return "\n".join(filter(None, [*sentences, group.remark]))
+    return "\n".join(sentences)
