@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tunesmith.data.batch import IGNORED, Batch
@@ -70,6 +71,34 @@ def test_quantized_weights_count_as_what_they_stand_for():
         apply_lora(model, rank=4, quantize_base=base)
         freeze_base(model)
     assert training_flops(plain) == training_flops(quantized)
+
+
+class Experts(nn.Module):
+    """Two of four feed-forward networks for each token."""
+
+    experts_per_token = 2
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(64, 4, bias=False)
+        self.up, self.down = nn.Parameter(torch.randn(4, 48, 64)), nn.Parameter(torch.randn(4, 64, 48))
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        shares, chosen = self.router(tokens).softmax(-1).topk(2)
+        y = torch.zeros_like(tokens)
+        for expert in range(4):
+            rows, place = (chosen == expert).nonzero(as_tuple=True)
+            out = (tokens[rows] @ self.up[expert].T).relu() @ self.down[expert].T
+            y = y.index_add(0, rows, out * shares[rows, place, None])
+        return y.view_as(x)
+
+
+def test_of_experts_those_that_a_token_visits_count():
+    model = make(tie_word_embeddings=False)
+    for layer in model.model.layers.values():
+        layer.mlp = Experts()
+    assert training_flops(model).of_step(64, 64, 0) == counted(model, batch())
 
 
 def test_whole_rows_give_the_usual_formula():

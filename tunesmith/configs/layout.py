@@ -17,6 +17,7 @@ OPTIONS = {
     "dp_shard": "data_parallel_shard_dim",
     "cp": "context_parallel_dim",
     "tp": "tensor_parallel_dim",
+    "ep": "expert_parallel_dim",
 }
 
 QUANTIZED_BLOCK = 64
@@ -25,13 +26,14 @@ QUANTIZED_BLOCK = 64
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes; -1 for dp_shard: all ranks that are left."""
+    """Sizes of the axes; -1 for dp_shard: all ranks that are left. ep: ranks of dp_shard x cp that split experts among them."""
 
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = -1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
 
     @classmethod
     def of(cls, config: Any) -> Layout:
@@ -52,6 +54,11 @@ class Layout:
             raise UserError(
                 f"{self._named(sizes)} makes {fixed} processes, but {_started(world_size)}: "
                 "change one of them, or let `data_parallel_shard_dim: -1` take what is left"
+            )
+        if (shards := sizes["dp_shard"] * sizes["cp"]) % self.ep:
+            raise UserError(
+                f"`{OPTIONS['ep']}: {self.ep}` does not divide the {shards} ranks that parameters are cut over "
+                f"(`{OPTIONS['dp_shard']}: {sizes['dp_shard']}` x `{OPTIONS['cp']}: {sizes['cp']}`)"
             )
         return tuple(sizes[axis] for axis in AXES)
 

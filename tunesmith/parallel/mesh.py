@@ -41,6 +41,7 @@ class Mesh:
     device: torch.device
     ranks: Ranks
     """All of them, to tell each other small things."""
+    layout: Layout
 
     @property
     def rank(self) -> int:
@@ -69,6 +70,16 @@ class Mesh:
         sizes = (self.size("pp"), self.size("dp_replicate"), self.size(*SHARDS), self.size("tp"))
         devices = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
         return devices["dp_replicate", "shards"] if self.size("dp_replicate") > 1 else devices["shards"]
+
+    @cached_property
+    def experts(self) -> DeviceMesh:
+        """The same ranks for experts, which are dealt out along `ep`; each one's parameters are cut over `expert_shards`.
+
+        Neighbours split the experts, since they exchange every token; to a layer without experts they are ranks like others.
+        """
+        names, ep = ("pp", "dp_replicate", "expert_shards", "ep", "tp"), self.layout.ep
+        sizes = (self.size("pp"), self.size("dp_replicate"), self.size(*SHARDS) // ep, ep, self.size("tp"))
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)["expert_shards", "ep"]
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks that differ from this one along `axis` alone."""
@@ -245,8 +256,9 @@ def start_mesh(
     ranks = Ranks(rank, world_size, timedelta(seconds=timeout_seconds))
     if agree is not None:
         agree(ranks)
-    devices = init_device_mesh(device.type, (layout or Layout()).sizes(world_size), mesh_dim_names=AXES)
-    return Mesh(devices, device, ranks)
+    layout = layout or Layout()
+    devices = init_device_mesh(device.type, layout.sizes(world_size), mesh_dim_names=AXES)
+    return Mesh(devices, device, ranks, layout)
 
 
 def _store(rank: int, world_size: int, timeout_seconds: float) -> Store:

@@ -8,8 +8,8 @@ token seen by a token (itself included), 2 H K for the score and 2 H K for the s
 
 This counts what the method needs, not what a kernel does: nothing for activations that are recomputed, for masked scores
 that are computed all the same, for norms, rotary positions, softmax or the optimizer. The embedding is a look-up and
-costs nothing; the output layer is counted for the tokens that have a loss. Of experts only those that a token visits
-would count.
+costs nothing; the output layer is counted for the tokens that have a loss. Of E experts, whose matrices stand in stacks
+(E, outputs, inputs) of a module that says how many `experts_per_token` there are, those that a token visits count.
 
 H heads, K head size, L layers, T tokens.
 """
@@ -109,8 +109,10 @@ def _own_cost(module: nn.Module) -> float:
     frozen = (
         sum(4.0 * shape.numel() for shape in module.weight_shapes().values()) if isinstance(module, NF4Linear) else 0.0
     )
-    matrices = [one for one in module.parameters(recurse=False) if one.ndim == 2 and one.is_floating_point()]
-    return frozen + sum(map(_cost, matrices))
+    own = [one for one in module.parameters(recurse=False) if one.is_floating_point()]
+    stacks = [one for one in own if one.ndim == 3]
+    visited = sum(_cost(one) * float(module.experts_per_token) / len(one) for one in stacks)  # type: ignore[arg-type]
+    return frozen + visited + sum(_cost(matrix) for matrix in own if matrix.ndim == 2)
 
 
 def _cost(matrix: torch.Tensor) -> float:
