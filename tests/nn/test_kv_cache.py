@@ -153,6 +153,23 @@ def test_only_few_blocks_are_copied_into_rows():
     assert isinstance(blocks_of([*tables, [0]], pool), list)
 
 
+def test_rows_are_copied_in_and_outside_of_inference_mode():
+    pool = BlockPool(config(), 4, block_size=4)
+    keys, values = (torch.randn(8, pool.keys[0].shape[1], K) for _ in range(2))
+    fill(pool, [2, 1], keys, values)
+    rows = blocks_of([[2, 1]], pool)
+    assert isinstance(rows, Rows)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            found = pool.of_rows(0, rows)
+        assert torch.equal(found[0], keys.transpose(0, 1)[None]) and torch.equal(found[1], values.transpose(0, 1)[None])
+
+
+def test_a_row_without_tokens_may_be_padded():
+    pool = BlockPool(config(), 4, block_size=4)
+    assert isinstance(blocks_of([[], [1]], pool), list)
+
+
 def test_half_precision_is_kept_wide_on_the_cpu():
     assert BlockPool(config(), 1, torch.bfloat16).keys[0].dtype == torch.float32
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.models.conftest import relative_error
 from tunesmith.nn import linear as linear_module
-from tunesmith.nn.linear import Linear, packed
+from tunesmith.nn.linear import Linear, packing
 
 SIZES = {"outputs in bands": (264, 256), "outputs not in bands": (265, 255), "small": (15, 7)}
 
@@ -50,31 +50,53 @@ def test_outside_of_inference_mode_it_is_the_kernel_of_training(layer, dtype):
 def test_a_packed_matrix_gives_the_same_sums(layer, dtype, rows):
     layer, x = layer.to(dtype), torch.randn(2, rows, layer.in_features).to(dtype)
     expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-    with torch.inference_mode(), packed([layer.weight]):
-        assert hasattr(layer.weight, linear_module._PACKED) == (layer.weight.numel() > 1 << 16)
-        y = layer(x)
-    assert y.dtype == dtype and relative_error(y, expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+    with torch.inference_mode(), packing([layer.weight]):
+        for _ in range(linear_module._USES + 2):
+            y = layer(x)
+            assert y.dtype == dtype and relative_error(y, expected) < (1e-6 if dtype == torch.float32 else 3e-3)
+        assert _is_packed(layer) == (layer.weight.numel() > 1 << 16)
 
 
-def test_a_matrix_is_packed_only_meanwhile_and_once():
+def test_a_matrix_is_packed_only_once_it_is_used_often_and_only_meanwhile():
     layer, x = Linear(256, 264), torch.randn(2, 256)
-    with torch.inference_mode(), packed([layer.weight]):
-        with packed([layer.weight]):
-            layer(x)
-        assert hasattr(layer.weight, linear_module._PACKED)
-    assert not hasattr(layer.weight, linear_module._PACKED)
+    with torch.inference_mode(), packing([layer.weight, layer.weight]):
+        for use in range(1, linear_module._USES + 2):
+            with packing([layer.weight]):  # another one that generates
+                layer(x)
+            assert _is_packed(layer) == (use > linear_module._USES)
+    assert not hasattr(layer.weight, linear_module._COPY)
     with torch.no_grad():
         layer.weight.mul_(2)
-    with torch.inference_mode():
+    with torch.inference_mode(), packing([layer.weight]):
         assert relative_error(layer(x), F.linear(x, layer.weight, layer.bias)) < 1e-6
+
+
+def test_nothing_is_left_behind_by_what_is_interrupted():
+    layer = Linear(256, 264)
+    with pytest.raises(KeyboardInterrupt), packing([layer.weight]):
+        raise KeyboardInterrupt
+    assert not hasattr(layer.weight, linear_module._COPY)
 
 
 def test_what_is_larger_than_the_limit_is_not_held_twice(monkeypatch):
     monkeypatch.setattr(linear_module, "_MOST_BYTES", 2 * 264 * 256 * 4)
     layers = [Linear(256, 264) for _ in range(3)]
-    for count, is_packed in ((2, True), (3, False)):
-        with torch.inference_mode(), packed([layer.weight for layer in layers[:count]]):
-            assert all(hasattr(layer.weight, linear_module._PACKED) == is_packed for layer in layers[:count])
+    for count, may_be in ((2, True), (3, False)):
+        with packing([layer.weight for layer in layers[:count]]):
+            assert all(hasattr(layer.weight, linear_module._COPY) == may_be for layer in layers[:count])
+
+
+def test_without_bf16_in_the_processor_nothing_of_it_is_packed(monkeypatch):
+    monkeypatch.setattr(linear_module, "_has_bf16", lambda: False)
+    layer, x = Linear(256, 264).bfloat16(), torch.randn(2, 256).bfloat16()
+    with torch.inference_mode(), packing([layer.weight]):
+        assert not hasattr(layer.weight, linear_module._COPY)
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def _is_packed(layer: Linear) -> bool:
+    copy = getattr(layer.weight, linear_module._COPY, None)
+    return copy is not None and copy.matrix is not None
 
 
 def _without_bias(layer: Linear) -> Linear:

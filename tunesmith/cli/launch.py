@@ -210,9 +210,16 @@ def _who(notes: Path, pid: int) -> str:
 def _in_chain(error: BaseException | None, kind: type[Any]) -> Any:
     """The exception of `kind` that led to `error`, or None. A signal may come in the few instructions of torchrun's timers in which
     another exception takes the place of the one that our handler raises (torch 2.13)."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error
+    chain, seen = [error], set()
+    while chain:
+        one = chain.pop()
+        if one is None or id(one) in seen:
+            continue
+        if isinstance(one, kind):
+            return one
+        seen.add(id(one))
+        chain += [one.__cause__, one.__context__]
+    return None
 
 
 def _cause(failures: dict[int, Any]) -> tuple[int, Any]:

@@ -17,7 +17,7 @@ from tunesmith.generation.compiled import CompiledSteps
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.head import Head
 from tunesmith.nn.kv_cache import BLOCK_SIZE, BlockPool, Chunk, Group, Pass, Rows, Steps, blocks_of, groups_of
-from tunesmith.nn.linear import packed
+from tunesmith.nn.linear import packing
 from tunesmith.nn.part import let_go
 
 _FEW = 48
@@ -57,7 +57,7 @@ def generating(model: CausalLM) -> Iterator[None]:
     # What `fully_shard` gathers into must not become inference tensors: training could not use them again.
     is_sharded = any(hasattr(module, "unshard") for module in model.modules())
     try:
-        with torch.no_grad() if is_sharded else torch.inference_mode(), packed(_matrices(model)):
+        with torch.no_grad() if is_sharded else torch.inference_mode(), packing(_matrices(model)):
             yield
     finally:
         let_go(model)

@@ -81,14 +81,22 @@ class BlockPool:
         size = self.block_size * self.keys[layer].shape[-1]
         copies = []
         for number, store in enumerate((self.keys[layer], self.values[layer])):
-            # Into memory that was there before: pages that are touched for the first time cost ten times as much as the copy.
-            target, needed = self._copies[number], len(rows.parts) * size
-            if target is None:
-                target = self._copies[number] = store.new_empty(_FEW_NUMBERS)
-            target = target[:needed].view(-1, size)
-            torch.index_select(store.detach().view(-1, size), 0, rows.parts, out=target)
+            index = store.view(-1, size), 0, rows.parts
+            if store.requires_grad:
+                target = torch.index_select(*index)
+            else:
+                # Into memory that was there before: pages that are touched for the first time cost ten times as much as the copy.
+                target = torch.index_select(*index, out=self._copy(number, len(rows.parts), size))
             copies.append(target.view(rows.sequences, -1, rows.blocks * self.block_size, store.shape[-1]))
         return copies[0], copies[1]
+
+    def _copy(self, number: int, count: int, size: int) -> Tensor:
+        """(count, size) of the memory for copies, one of which is for keys and one for values."""
+        held = self._copies[number]
+        if held is None:
+            with torch.inference_mode(False):  # whose tensors could not be written to outside of it
+                held = self._copies[number] = self.keys[0].new_empty(_FEW_NUMBERS)
+        return held[: count * size].view(count, size)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -208,7 +216,7 @@ def blocks_of(tables: Sequence[Sequence[int]], pool: BlockPool, low: int | None 
     """How to go through the blocks of B sequences: as rows where they are few, else in groups."""
     count, most = len(tables), max(map(len, tables))
     _, heads, slots, size = pool.keys[0].shape
-    if count * most * heads * slots * size > _FEW_NUMBERS:
+    if not all(tables) or count * most * heads * slots * size > _FEW_NUMBERS:
         return groups_of(tables, pool, low)
     padded = np.array([[*table, *[table[0]] * (most - len(table))] for table in tables])
     parts = padded[:, None] * heads + np.arange(heads)[:, None]

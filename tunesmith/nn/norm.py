@@ -25,10 +25,10 @@ class RMSNorm(nn.Module):
         if torch.compiler.is_compiling():  # a compiler fuses plain arithmetic, and finds out itself what to keep
             wide = x.float()
             return self.scaled(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps), x)
-        if torch.is_inference_mode_enabled() and x.dtype == torch.float32 and self.kind != "unit_offset":
-            return F.rms_norm(
-                x, self.weight.shape, self.weight, self.eps
-            )  # fewer calls, other last digits (see `linear`)
+        is_float32 = x.dtype == self.weight.dtype == torch.float32
+        if torch.is_inference_mode_enabled() and is_float32 and self.kind != "unit_offset":
+            # Fewer calls, and other last digits: see `linear`.
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         if not torch.is_grad_enabled():
             return _normed(x, self.weight, self.eps, self.kind)[0]
         return _Norm.apply(x, self.weight, self.eps, self.kind)
