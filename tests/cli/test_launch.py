@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,23 @@ def test_who_is_guilty(states, said):
     from tunesmith.training.watchdog import report
 
     assert report(dict(enumerate(states)), Path("run/hang")).startswith(said)
+
+
+def test_a_place_leaves_out_what_lies_in_pythons_library():
+    from tunesmith.training.watchdog import place
+
+    waiting: Future = Future()
+    thread = threading.Thread(target=waiting.result)
+    thread.start()
+    try:
+        launching.wait_for(lambda: "wait" in sys._current_frames()[thread.ident].f_code.co_name)
+        assert place(sys._current_frames()[thread.ident]) == "?"
+        own = threading.Thread(target=lambda: waiting.result())
+        own.start()
+        launching.wait_for(lambda: "wait" in sys._current_frames()[own.ident].f_code.co_name)
+        assert re.fullmatch(r"test_launch\.py:\d+ <lambda>", place(sys._current_frames()[own.ident]))
+    finally:
+        waiting.set_result(None)
 
 
 @pytest.mark.parametrize(("death", "lines"), [(signal.SIGKILL, 1), (signal.SIGTERM, 0)])

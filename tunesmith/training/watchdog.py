@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ FOLDER = "hang"
 
 _TORCH = str(Path(torch.__file__).parent)
 _DISTRIBUTED = str(Path(dist.__file__).parent)
+_PYTHON = sysconfig.get_path("stdlib")
 _DEPTH = 4
 
 
@@ -276,15 +278,16 @@ def _at(step: int, phase: str) -> str:
 
 
 def place(frame: FrameType) -> str:
-    """The innermost frames outside torch, the innermost first: 'step.py:56 global_counts < step.py:67 train_step'."""
+    """The innermost frames outside torch and Python's library, the innermost first: 'step.py:56 global_counts < step.py:67 train_step'."""
     names = []
     current: FrameType | None = frame
     while current is not None and len(names) < _DEPTH:
         code = current.f_code
-        if not code.co_filename.startswith((_TORCH, "<")):
+        is_pythons = code.co_filename.startswith(_PYTHON) and "-packages" not in code.co_filename
+        if not is_pythons and not code.co_filename.startswith((_TORCH, "<")):
             names.append(f"{Path(code.co_filename).name}:{current.f_lineno} {code.co_name}")
         current = current.f_back
-    return " < ".join(names)
+    return " < ".join(names) or "?"
 
 
 def waits(frame: FrameType) -> bool:
