@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,24 @@ def _files(folder: Path, options: Options, processes: int) -> list[float]:
     return [found["gigabytes"] / found["saved"], found["saved"], found["staged"], found["gigabytes"] / found["loaded"]]
 
 
+class NoData:
+    """Where a run without data stands."""
+
+    def state(self) -> dict:
+        return {}
+
+    def merged(self, states: list[dict]) -> dict:
+        return states[0]
+
+    def load_state(self, state: dict) -> None:
+        pass
+
+
 def save_and_load(model: str, folder: str) -> None:
     import torch
 
     from tunesmith.checkpoint.hf import stage_repository
+    from tunesmith.checkpoint.load import load_weights
     from tunesmith.checkpoint.resume import Checkpoints
     from tunesmith.configs.layout import Layout
     from tunesmith.configs.shared import TrainSettings
@@ -114,49 +129,44 @@ def save_and_load(model: str, folder: str) -> None:
     tokenizer = find_tokenizer(config.tokenizer, source.tokenizer, ())
     network = build_model(config, source, tokenizer, mesh)
     optimizer = build_optimizer(network, config, 10, mesh)
-    optimizer.set_step(1)
-    hidden = network(torch.arange(1, 65)[None])
-    network.lm_head.cross_entropy(hidden, torch.arange(1, 65)[None]).backward()
-    optimizer.step(finite_loss=True)
-
-    class Data:
-        def state(self) -> dict:
-            return {}
-
-        def merged(self, states: list[dict]) -> dict:
-            return states[0]
-
-        def load_state(self, state: dict) -> None:
-            pass
+    _take_a_step(network, optimizer)
 
     def checkpoints(background: bool) -> Any:
         def stage(ranks: Any) -> Any:
             return stage_repository(network, tokenizer, source.folder, copy=background, ranks=ranks)
 
-        return Checkpoints(Path(folder), stage, optimizer, Data(), {}, mesh, keep_last=1, background=background)
+        return Checkpoints(Path(folder), stage, optimizer, NoData(), {}, mesh, keep_last=1, background=background)
 
     saves = checkpoints(False)
     saves.save(1)
-    started = time.perf_counter()
-    where = saves.save(2)
-    saved = time.perf_counter() - started
+    saved, where = _timed(lambda: saves.save(2))
     size = sum(path.stat().st_size for path in where.rglob("*") if path.is_file()) / 1e9
-    started = time.perf_counter()
-    from tunesmith.checkpoint.load import load_weights
-
-    load_weights(network, where, source.family)
-    saves.restore(where)
-    loaded = time.perf_counter() - started
+    loaded, _ = _timed(lambda: (load_weights(network, where, source.family), saves.restore(where)))
     background = checkpoints(True)
     background.save(3)
     background.wait()
-    started = time.perf_counter()
-    background.save(4)
-    staged = time.perf_counter() - started
+    staged, _ = _timed(lambda: background.save(4))
     background.close()
     if mesh.is_main:
         mark("measured", values={"gigabytes": size, "saved": saved, "staged": staged, "loaded": loaded})
     os._exit(0)
+
+
+def _take_a_step(network: Any, optimizer: Any) -> None:
+    """So that the optimizer has states to be saved."""
+    import torch
+
+    optimizer.set_step(1)
+    ids = torch.arange(1, 65)[None]
+    network.lm_head.cross_entropy(network(ids), ids).backward()
+    optimizer.step(finite_loss=True)
+
+
+def _timed(act: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds on the wall, and what `act` returned."""
+    started = time.perf_counter()
+    result = act()
+    return time.perf_counter() - started, result
 
 
 # --- loading -----------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ class Pass:
 
 
 def blocks_of(tables: Sequence[Sequence[int]], pool: BlockPool, low: int | None = None) -> Rows | list[Group]:
-    """How to go through the blocks of B sequences: as rows where they are few, else in groups."""
+    """How to go through the blocks of B sequences: as rows where they are few, else in groups, for which `low` is."""
     count, most = len(tables), max(map(len, tables))
     _, heads, slots, size = pool.keys[0].shape
     if not all(tables) or count * most * heads * slots * size > _FEW_NUMBERS:

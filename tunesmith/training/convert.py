@@ -7,16 +7,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tunesmith import hub
+from tunesmith.checkpoint.check import check_rounded_logits, logits_from_files, probe_logits, rounded_tolerance
 from tunesmith.checkpoint.hf import MAX_SHARD_SIZE, copy_files, explain_full_disk, verify
 from tunesmith.checkpoint.load import read_model_config, stated_dtype
 from tunesmith.checkpoint.quantized import Quantized, Written, write_quantized
+from tunesmith.configs.shared import TrainSettings
 from tunesmith.models.decoder import CausalLM
+from tunesmith.nn.fake_quantize import set_rounding
 from tunesmith.nn.scheme import Scheme
+from tunesmith.parallel.mesh import Ranks
+from tunesmith.training.build import scheme_of
+from tunesmith.training.dtypes import DTYPES
 from tunesmith.training.load import stream_model
+from tunesmith.training.progress import format_bytes
 from tunesmith.training.source import base_of
 
 
@@ -40,6 +48,30 @@ def quantize_repository(
     model = stream_model(folder, dtype=dtype if origin != folder else None, base=base)
     with replacing(target) as partial:
         return write_model(model, partial, scheme, dtype, origin, hub.tokenizer_home(folder, origin), max_shard_size)
+
+
+def quantize_trained(
+    model: CausalLM, optimizer: Any, config: TrainSettings, checkpoint: Path, base: Path | None, ranks: Ranks
+) -> str:
+    """Write the model of a run's checkpoint, quantized as it was trained for, to quantized/ and compare it with the one in memory;
+    what to say of it. base: of an adapter."""
+    assert config.qat is not None
+    scheme, target, dtype = scheme_of(config.qat), checkpoint.parents[1] / "quantized", DTYPES[config.dtype]
+    set_rounding(model, True)
+    with optimizer.precision():  # levels are those of the numbers that are computed with
+        ours = probe_logits(model)
+
+    def write() -> str:
+        written = quantize_repository(checkpoint, target, scheme, dtype, base)
+        tolerance = max(rounded_tolerance(scheme, dtype), 1e-2)  # weights that ranks merge may jump, too
+        theirs = logits_from_files(target, model.model.device)
+        difference = check_rounded_logits(ours, theirs, tolerance, str(target))
+        return (
+            f"quantized ({scheme}): {target}, weights of {format_bytes(written.size)} instead of {format_bytes(written.plain_size)} in {config.dtype}; "
+            f"read back, its logits differ from the trained model's by {difference:.1e} of their size"
+        )
+
+    return ranks.from_main(write)
 
 
 @contextmanager

@@ -20,39 +20,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tunesmith import hub
 from tunesmith.checkpoint import adapter as peft
-from tunesmith.checkpoint.check import check_rounded_logits, logits_from_files, probe_logits, rounded_tolerance
 from tunesmith.checkpoint.hf import check_saved, stage_repository
 from tunesmith.checkpoint.resume import Checkpoints
 from tunesmith.checkpoint.uploads import Uploads
 from tunesmith.config import dump_config
 from tunesmith.configs.shared import TrainSettings
-from tunesmith.configs.weights import QAT, LoRAWeights
+from tunesmith.configs.weights import LoRAWeights
 from tunesmith.data.report import DataReport
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.models.decoder import CausalLM
 from tunesmith.nn.fake_quantize import set_rounding
-from tunesmith.nn.lora import freeze_base
 from tunesmith.parallel.mesh import Mesh, Ranks
-from tunesmith.training.build import check_weights, construct_frozen, construct_model, scheme_of
-from tunesmith.training.convert import quantize_repository
-from tunesmith.training.dtypes import DTYPES
-from tunesmith.training.flops import forward_flops, training_flops
+from tunesmith.training.convert import quantize_trained
+from tunesmith.training.fit import check_fit
 from tunesmith.training.folder import environment
 from tunesmith.training.garbage import GarbageCollection
 from tunesmith.training.meter import Meter
 from tunesmith.training.metrics import Metrics
-from tunesmith.training.preflight import (
-    group_problems,
-    layout_problems,
-    warn_of_another_base,
-    warn_of_length,
-    warn_of_unloadable,
-)
 from tunesmith.training.profile import MemorySnapshots, profiler
-from tunesmith.training.progress import Progress, format_bytes
+from tunesmith.training.progress import Progress
 from tunesmith.training.report import write_report
 from tunesmith.training.signals import stop_on_signal
 from tunesmith.training.source import Source
@@ -104,27 +92,8 @@ class Run:
         beside: a frozen model that computes along with every step.
         """
         self._watchdog.at(0, "reading model and data")
-        shape = source.family.read_config(source.hf_config)
-        problems = [*layout_problems(self.config, shape), *group_problems(self.config, source.family, shape)]
-        if problems:
-            raise UserError("\n".join(problems))
-        model, first_new_row = construct_model(self.config, source, tokenizer, self.mesh, self.resume_from)
-        if self.resume_from is None and not getattr(self.config, "from_scratch", False):
-            check_weights(source, model, first_new_row)
-        if isinstance(self.config.weights, LoRAWeights):
-            freeze_base(model)
-        self._meter.flops = training_flops(model)
-        if beside is not None:
-            frozen, first_new_row = construct_frozen(self.config, beside, tokenizer)
-            check_weights(beside, frozen, first_new_row)
-            self._meter.flops += forward_flops(frozen, shape.num_hidden_layers)
-        warnings = [
-            warn_of_length(self.config, shape),
-            warn_of_unloadable(source.family, per_token=getattr(self.config, "task", None) == "process"),
-        ]
-        if (adapter := getattr(self.config.weights, "adapter", None)) and self.resume_from is None:
-            warnings.append(warn_of_another_base(hub.resolve(adapter, what="adapter"), source.name))
-        for warning in filter(None, warnings):
+        self._meter.flops, warnings = check_fit(self.config, source, tokenizer, self.mesh, self.resume_from, beside)
+        for warning in warnings:
             self.note(warning)
 
     # --- the loop ------------------------------------------------------------------------------------
@@ -340,7 +309,11 @@ class Run:
             rounded = set_rounding(self._model, False)  # a checkpoint holds plain numbers
             self._check_saved(folder)
             set_rounding(self._model, rounded)
-            quantized = self._quantize(self.config.qat, folder) if self.config.qat else None
+            if self.config.qat:
+                self._watchdog.at(self._total, "quantizing")
+                quantized = quantize_trained(
+                    self._model, self._optimizer, self.config, folder, self._base, self.mesh.ranks
+                )
         position = self._data.merged(self.mesh.ranks.gather(self._data.state()))
         if self.mesh.is_main:
             self._record_data(self._data.report_at(position))  # of a stream only now it is known
@@ -363,26 +336,6 @@ class Run:
         if self._ending is not None:
             raise SystemExit(128 + self._ending)
         return folder
-
-    def _quantize(self, qat: QAT, checkpoint: Path) -> str:
-        """Write the model of a checkpoint, quantized, to quantized/ and compare it with the one that was trained; what to say of it."""
-        self._watchdog.at(self._total, "quantizing")
-        scheme, target = scheme_of(qat), self.folder / "quantized"
-        dtype, device = DTYPES[self.config.dtype], self._model.model.device
-        set_rounding(self._model, True)
-        with self._optimizer.precision():  # levels are those of the numbers that are computed with
-            ours = probe_logits(self._model)
-
-        def write() -> str:
-            written = quantize_repository(checkpoint, target, scheme, dtype, self._base)
-            tolerance = max(rounded_tolerance(scheme, dtype), 1e-2)  # weights that ranks merge may jump, too
-            difference = check_rounded_logits(ours, logits_from_files(target, device), tolerance, str(target))
-            return (
-                f"quantized ({scheme}): {target}, weights of {format_bytes(written.size)} instead of {format_bytes(written.plain_size)} in {self.config.dtype}; "
-                f"read back, its logits differ from the trained model's by {difference:.1e} of their size"
-            )
-
-        return self.mesh.ranks.from_main(write)
 
     def _place(self, path: Path | None) -> Path | str | None:
         """Where a user finds a file of the run folder."""
