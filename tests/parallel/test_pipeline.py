@@ -186,6 +186,7 @@ def test_muon_where_a_stage_has_nothing_to_train(models, alone, chat_file):
     compare(models, alone, 2, "1F1B", False, words)
 
 
+@pytest.mark.slow
 def test_sharded_stages(models, alone, chat_file):
     words = [f"dataset.source={chat_file}", "batch_size=1"]
     compare(models, alone, 4, "InterleavedZeroBubble", True, words)

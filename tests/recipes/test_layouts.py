@@ -142,7 +142,8 @@ def test_muon_on_matrices_that_one_rank_alone_holds(runs, tmp_path, tiny_model, 
     assert_same(train(words, tmp_path / "run", "dp2"), runs.one(words), 3e-3)
 
 
-@pytest.mark.parametrize("layout", ["tp2", pytest.param("dp2 x tp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2", "dp2 x tp2"])
 def test_quantized_blocks_are_the_same_under_tensor_parallelism(layout, runs, tmp_path, chat_file):
     """On the model that ships, whose matrices are wide enough for two ranks to have whole blocks of 64."""
     words = ["sft", "+qdora", *COMMON, f"model={TINY}", f"dataset.source={chat_file}", "batch_size=2"]
@@ -180,6 +181,7 @@ def run_in_small_parts(words, folder):
     return run_recipe(words, folder)
 
 
+@pytest.mark.slow
 def test_of_a_stream_the_parts_of_all_ranks_are_kept(tmp_path, tiny_model):
     """A checkpoint tells of parts that rank 0 never reads how far others came, and the report counts them."""
     texts = tmp_path / "texts"

@@ -113,6 +113,7 @@ def test_number_type_and_shards(tmp_path, tiny_model):
 # --- GPTQ ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gptq_loses_less_than_rounding_to_nearest(tmp_path, assets, capsys):
     """A real model, on stories that the calibration has not seen."""
     rows = (assets / "data" / "tinystories" / "train_head.jsonl").read_text().splitlines()
